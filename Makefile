@@ -1,0 +1,46 @@
+# Every target sets itself up on a fresh machine: Python 3.12+ is looked for, .venv made, jaxgen installed.
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+WORKERS ?= auto
+
+.PHONY: help setup demo test test-gpu lint format goldens notebooks clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(READY)  ## make .venv and install jaxgen with everything for development
+
+$(READY): pyproject.toml scripts/find_python.sh
+	@python=$$(scripts/find_python.sh) || exit 1; \
+	echo "Setting up $(VENV) with $$($$python --version) (once; about a minute)"; \
+	$$python -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@touch $(READY)
+
+demo: setup  ## draw a grid of emoji with the shipped models, then train for a minute
+	@$(BIN)/python -m train.demo
+
+test: setup  ## run the tests (CPU)
+	@$(BIN)/python -m pytest -n $(WORKERS) tests
+
+test-gpu: setup  ## run the tests that need an H100 or H200
+	@$(BIN)/python -m pytest -m gpu tests
+
+lint: setup  ## ruff and pyright
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/pyright
+
+format: setup  ## let ruff rewrite the code
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+goldens:  ## rewrite tests/goldens with diffusers (needs Python 3.11 for torch's CPU build)
+	@goldens/make.sh
+
+notebooks: setup  ## execute the notebooks and keep their pictures
+	@$(BIN)/jupytext --sync --execute notebooks/*.py
+
+clean:  ## remove .venv and everything generated
+	@rm -rf $(VENV) .goldens-venv .pytest_cache .ruff_cache .hypothesis demo_output runs

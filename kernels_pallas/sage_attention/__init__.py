@@ -1,0 +1,3 @@
+"""INT8 attention that trains (SageBwd)."""
+
+from kernels_pallas.sage_attention.api import sage_attention as sage_attention

@@ -1,0 +1,93 @@
+"""Symmetric INT8 quantization with one float32 scale per tile, and smoothing of the keys.
+
+The quantizer is psi of SageBwd (arXiv 2603.02170, Algorithm 1): `scale = max|x| / 127` over a tile
+and `codes = round(x / scale)`, to nearest, so codes lie in [-127, 127]. A product of two quantized
+tiles is an exact integer product, multiplied by the two scales afterwards, because each scale is
+constant over the contraction.
+
+Every function takes `enabled`. With `enabled=False` the codes are the float32 values themselves and
+the scales are one: the surrounding code then computes exact attention by the same path, which
+separates mistakes in the algorithm from quantization error.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+INT8_MAX = 127.0
+
+
+class Quantized(NamedTuple):
+    """A tensor as integer codes times scales: `x ≈ codes * scale`.
+
+    Attributes:
+        codes: int8 (float32 where quantization is switched off), the shape of x.
+        scale: float32, broadcastable to `codes`; size one along the axes of a tile.
+    """
+
+    codes: jax.Array
+    scale: jax.Array
+
+
+def quantize(x: jax.Array, *, tile_axes: tuple[int, ...], enabled: bool = True) -> Quantized:
+    """Quantize x with one scale per tile; a tile spans `tile_axes` and is one entry of the others.
+
+    An all-zero tile gets the smallest normal float32 as its scale and codes of zero, never 0/0.
+    """
+    x = x.astype(jnp.float32)
+    if not enabled:
+        return Quantized(x, jnp.ones_like(jnp.max(x, axis=tile_axes, keepdims=True)))
+    largest = jnp.max(jnp.abs(x), axis=tile_axes, keepdims=True)
+    scale = jnp.maximum(largest / INT8_MAX, jnp.finfo(jnp.float32).tiny)
+    codes = jnp.clip(jnp.round(x / scale), -INT8_MAX, INT8_MAX).astype(jnp.int8)
+    return Quantized(codes, scale)
+
+
+def quantize_probabilities(p: jax.Array, *, enabled: bool = True) -> Quantized:
+    """Quantize rows whose largest entry is one, `exp(S - rowmax S)`: the scale needs no maximum."""
+    if not enabled:
+        return Quantized(p, jnp.float32(1.0))
+    return Quantized(jnp.round(p * INT8_MAX).astype(jnp.int8), jnp.float32(1.0 / INT8_MAX))
+
+
+def integer_einsum(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Multiply two arrays of codes; the result is float32.
+
+    int8 codes are multiplied into int32, exactly. The conversion to float32 is exact up to a
+    contraction of 1040 values (127² · 1040 < 2²⁴).
+    """
+    if x.dtype == jnp.int8:
+        product = jnp.einsum(subscripts, x, y, preferred_element_type=jnp.int32)
+        return product.astype(jnp.float32)
+    return float_einsum(subscripts, x, y)
+
+
+def float_einsum(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Multiply in the dtype of the inputs and accumulate in float32."""
+    return jnp.einsum(
+        subscripts, x, y, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+    )
+
+
+def smooth_keys(key: jax.Array, attended: jax.Array, *, token_axes: tuple[int, ...]):
+    """Subtract the mean over the attended tokens from the keys and zero all others.
+
+    Subtracting one vector from every key shifts each row of the scores by a constant, which softmax
+    ignores, and removes the channel bias that would otherwise use up the range of int8
+    (SageBwd section 6; arXiv 2410.02367). Tokens nobody attends to neither enter the mean nor raise
+    a tile's maximum, whatever they hold (NaN in padding included).
+
+    Args:
+        key: (..., tokens, head_dim), any float dtype.
+        attended: bool, broadcastable to `key`, with head_dim of size one.
+        token_axes: the axes of `key` that hold tokens.
+
+    Returns:
+        The smoothed keys and their mean, both float32; the mean keeps `token_axes` at size one.
+    """
+    key = jnp.where(attended, key.astype(jnp.float32), 0.0)
+    count = jnp.sum(attended.astype(jnp.float32), axis=token_axes, keepdims=True)
+    mean = jnp.sum(key, axis=token_axes, keepdims=True) / jnp.maximum(count, 1.0)
+    return jnp.where(attended, key - mean, 0.0), mean

@@ -1,0 +1,334 @@
+"""INT8 attention in plain jnp: the specification that every kernel is compared with.
+
+Forward and backward of SageBwd (arXiv 2603.02170, Algorithms 1 and 2; their misprinted rescaling
+factors are put right here). Of the seven matrix products in attention training six run in INT8;
+only dP = dO·Vᵀ keeps the precision of its inputs, because its error is not averaged away.
+
+The arrays are cut into tiles of `block_q` queries and `block_kv` keys. Tiles of keys are visited
+one after another, so memory grows with queries x block_kv, never with queries x keys. Two runs give
+the same bits.
+
+Shape suffixes: B batch, K key/value heads, G query heads per key/value head, I tiles of queries,
+q queries of a tile, J tiles of keys, s keys of a tile, D head_dim.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kernels_pallas.sage_attention.masking import (
+    Masking,
+    Structure,
+    coverage,
+    tile_of_keys,
+    visible,
+)
+from kernels_pallas.sage_attention.quantize import (
+    Quantized,
+    float_einsum,
+    integer_einsum,
+    quantize,
+    quantize_probabilities,
+    smooth_keys,
+)
+
+# What a query that attends to nothing reports as its log-sum-exp: finite, as in jax.nn.
+EMPTY_LOGSUMEXP = -0.7 * float(jnp.finfo(jnp.float32).max)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is fixed when the program is compiled.
+
+    Attributes:
+        scale: factor on the scores, usually 1/sqrt(head_dim).
+        structure: causal mask and local window.
+        block_q: queries in a tile; one scale for Q, dO, P and dS each.
+        block_kv: keys in a tile; one scale for K, V, P and dS each.
+        quantize: False computes exact attention by the same path, to separate error sources.
+    """
+
+    scale: float
+    structure: Structure
+    block_q: int = 64
+    block_kv: int = 64
+    quantize: bool = True
+
+
+class Residuals(NamedTuple):
+    """What the backward pass needs: no 16-bit copy of Q or K, no INT8 copy of V."""
+
+    query: Quantized  # BKGIqD, scale BKGI11
+    key: Quantized  # JBKsD, scale JBK11: tiles lead, to be scanned over
+    key_mean: jax.Array  # BK1D, float32
+    value: jax.Array  # JBKsD, in the dtype of V
+    out: jax.Array  # BKGIqD, in the dtype of Q
+    logsumexp: jax.Array  # BKGIq1 float32, of scores with smoothed keys; +inf where nothing is seen
+    bias: jax.Array | None
+    masking: Masking
+
+
+def forward(
+    options: Options,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None,
+    masking: Masking,
+) -> tuple[jax.Array, jax.Array, Residuals]:
+    """Compute attention and its log-sum-exp.
+
+    Args:
+        options: the static options.
+        query: (batch, queries, heads, head_dim).
+        key: (batch, keys, kv_heads, head_dim).
+        value: the shape and dtype of `key`.
+        bias: (batch|1, heads|1, queries|1, keys|1) added to the scaled scores, or None.
+        masking: who attends to whom.
+
+    Returns:
+        The output (batch, queries, heads, head_dim) in the dtype of the query, the log-sum-exp
+        (batch, queries, heads) in float32, and what the backward pass needs.
+    """
+    layout = _Layout.of(options, query, key)
+    bias, masking = layout.pad_bias(bias), layout.pad_masking(masking)
+    attending, attended = coverage(
+        masking, options.structure, layout.padded_queries, layout.padded_keys, options.block_kv
+    )
+    attending = layout.split_rows(attending[..., None])
+    attended = layout.tile_keys(jnp.swapaxes(attended, 1, 2)[..., None], reduce_groups=True)
+
+    query = jnp.where(attending, layout.tile_queries(query), 0)
+    value = jnp.where(attended, layout.tile_keys(value), 0)
+    smooth_key, key_mean = smooth_keys(layout.tile_keys(key), attended, token_axes=(0, 3))
+    quantized_query = quantize(query, tile_axes=(4, 5), enabled=options.quantize)
+    quantized_key = quantize(smooth_key, tile_axes=(3, 4), enabled=options.quantize)
+    quantized_value = quantize(value, tile_axes=(3, 4), enabled=options.quantize)
+
+    def visit(carry, tile):
+        largest, total, out = carry
+        start, key_tile, value_tile = tile
+        s_BKGIqs = _scores(options, layout, quantized_query, key_tile, bias, masking, start)
+        tile_largest = jnp.max(s_BKGIqs, axis=-1, keepdims=True)
+        new_largest = jnp.maximum(largest, tile_largest)
+        # Relative to the largest score of its own row in this tile, P needs no search for its
+        # scale and never overflows; a row without a visible key has P = 0.
+        p_BKGIqs = jnp.exp(s_BKGIqs - _finite(tile_largest))
+        codes, p_scale = quantize_probabilities(p_BKGIqs, enabled=options.quantize)
+        pv = integer_einsum("bkgiqs,bksd->bkgiqd", codes, value_tile.codes)
+        tile_weight = jnp.exp(tile_largest - _finite(new_largest))
+        keep = jnp.exp(largest - _finite(new_largest))
+        total = keep * total + tile_weight * jnp.sum(p_BKGIqs, axis=-1, keepdims=True)
+        value_scale = value_tile.scale[:, :, None, None]
+        out = keep * out + (tile_weight * p_scale * value_scale) * pv
+        return (new_largest, total, out), None
+
+    rows = (*query.shape[:-1], 1)
+    start = (jnp.full(rows, -jnp.inf), jnp.zeros(rows), jnp.zeros(query.shape))
+    tiles = (layout.key_starts, quantized_key, quantized_value)
+    (largest, total, out), _ = lax.scan(visit, start, tiles)
+
+    empty = total == 0
+    out = (out / jnp.where(empty, 1.0, total)).astype(query.dtype)
+    logsumexp = largest + jnp.log(jnp.where(empty, 1.0, total))
+    raw_logsumexp = logsumexp + options.scale * _dot_mean(query, key_mean)
+    residuals = Residuals(
+        query=quantized_query,
+        key=quantized_key,
+        key_mean=key_mean,
+        value=value,
+        out=out,
+        logsumexp=jnp.where(empty, jnp.inf, logsumexp),
+        bias=bias,
+        masking=masking,
+    )
+    raw_logsumexp = layout.join_rows(jnp.where(empty, EMPTY_LOGSUMEXP, raw_logsumexp))
+    return layout.join_rows(out), raw_logsumexp[..., 0], residuals
+
+
+def backward(
+    options: Options,
+    shapes: tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct],
+    residuals: Residuals,
+    d_out: jax.Array,
+    d_logsumexp: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """Compute the gradients of query, key, value and bias.
+
+    The rounding in the quantizers is treated as the identity (straight-through). Rows of dS sum to
+    zero, so smoothing needs no term of its own, neither in dQ nor in dK.
+
+    Args:
+        options: the static options of the forward pass.
+        shapes: shape and dtype of the query and of the key.
+        residuals: the third result of `forward`.
+        d_out: cotangent of the output.
+        d_logsumexp: cotangent of the log-sum-exp.
+
+    Returns:
+        dQ, dK, dV in the dtypes of their inputs; the float32 gradient of the padded bias, or None.
+    """
+    query, key = shapes
+    layout = _Layout.of(options, query, key)
+    bias, masking = residuals.bias, residuals.masking
+    empty = jnp.isinf(residuals.logsumexp)
+    d_out = jnp.where(empty, 0, layout.tile_queries(d_out))
+    d_lse = jnp.where(empty, 0.0, layout.tile_queries(d_logsumexp[..., None]))
+    out = residuals.out.astype(jnp.float32)
+    delta = jnp.sum(d_out.astype(jnp.float32) * out, axis=-1, keepdims=True) - d_lse
+    quantized_d_out = quantize(d_out, tile_axes=(4, 5), enabled=options.quantize)
+    query_scale = options.scale * residuals.query.scale
+
+    def visit(d_query, tile):
+        start, key_tile, value_tile = tile
+        s_BKGIqs = _scores(options, layout, residuals.query, key_tile, bias, masking, start)
+        # A probability is at most one; the bound holds whatever the compiler does to S and L.
+        p_BKGIqs = jnp.exp(jnp.minimum(s_BKGIqs - residuals.logsumexp, 0.0))
+        p8 = quantize(p_BKGIqs, tile_axes=(4, 5), enabled=options.quantize)
+        d_value = jnp.sum(
+            p8.scale
+            * quantized_d_out.scale
+            * integer_einsum("bkgiqs,bkgiqd->bkgisd", p8.codes, quantized_d_out.codes),
+            axis=(2, 3),
+        )
+        dp_BKGIqs = float_einsum("bkgiqd,bksd->bkgiqs", d_out, value_tile)
+        ds_BKGIqs = p_BKGIqs * (dp_BKGIqs - delta)
+        ds8 = quantize(ds_BKGIqs, tile_axes=(4, 5), enabled=options.quantize)
+        key_scale = options.scale * key_tile.scale[:, :, None, None]
+        d_query += (ds8.scale * key_scale) * integer_einsum(
+            "bkgiqs,bksd->bkgiqd", ds8.codes, key_tile.codes
+        )
+        d_key = jnp.sum(
+            ds8.scale
+            * query_scale
+            * integer_einsum("bkgiqs,bkgiqd->bkgisd", ds8.codes, residuals.query.codes),
+            axis=(2, 3),
+        )
+        d_bias = None if bias is None else layout.reduce_to_bias(ds_BKGIqs, bias)
+        return d_query, (d_key, d_value, d_bias)
+
+    # The log-sum-exp of unsmoothed keys is that of smoothed ones plus scale · q · mean(K).
+    d_query = options.scale * d_lse * residuals.key_mean[0, :, :, None, None]
+    d_query = jnp.broadcast_to(d_query, d_out.shape)
+    tiles = (layout.key_starts, residuals.key, residuals.value)
+    d_query, (d_key, d_value, d_bias) = lax.scan(visit, d_query, tiles)
+    return (
+        layout.join_rows(d_query).astype(query.dtype),
+        layout.join_keys(d_key).astype(key.dtype),
+        layout.join_keys(d_value).astype(key.dtype),
+        None if bias is None or d_bias is None else layout.join_bias(d_bias, bias),
+    )
+
+
+def _scores(options, layout, query, key_tile, bias, masking, start):
+    """Scaled and masked scores of all queries against one tile of smoothed keys, float32."""
+    product = integer_einsum("bkgiqd,bksd->bkgiqs", query.codes, key_tile.codes)
+    scores = (options.scale * query.scale * key_tile.scale[:, :, None, None]) * product
+    if bias is not None:
+        bias_tile = tile_of_keys(bias, start, options.block_kv)
+        scores += layout.split_rows(bias_tile.astype(jnp.float32))
+    allowed = visible(masking, options.structure, start, layout.padded_queries, options.block_kv)
+    return jnp.where(layout.split_rows(allowed), scores, -jnp.inf)
+
+
+def _finite(largest):
+    """Replace the -inf of rows that see nothing, so that exp(-inf - largest) is 0 and not NaN."""
+    return jnp.where(jnp.isneginf(largest), 0.0, largest)
+
+
+def _dot_mean(query, key_mean):
+    """Product of every query with the mean key of its head, (..., q, 1)."""
+    mean = key_mean[0, :, :, None, None]
+    return jnp.sum(query.astype(jnp.float32) * mean, axis=-1, keepdims=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """Moves arrays between the public layout (batch, tokens, heads, head_dim) and tiles."""
+
+    queries: int
+    keys: int
+    kv_heads: int
+    group: int
+    block_q: int
+    block_kv: int
+
+    @classmethod
+    def of(cls, options, query, key):
+        queries, heads = query.shape[1:3]
+        keys, kv_heads = key.shape[1:3]
+        return cls(queries, keys, kv_heads, heads // kv_heads, options.block_q, options.block_kv)
+
+    @property
+    def padded_queries(self):
+        return -(-self.queries // self.block_q) * self.block_q
+
+    @property
+    def padded_keys(self):
+        return -(-self.keys // self.block_kv) * self.block_kv
+
+    @property
+    def key_starts(self):
+        """First key of every tile."""
+        return jnp.arange(0, self.padded_keys, self.block_kv, dtype=jnp.int32)
+
+    def tile_queries(self, x):
+        """Reshape BTND to BKGIqD, padding T with zeros."""
+        batch, _, _, dim = x.shape
+        x = jnp.pad(x, ((0, 0), (0, self.padded_queries - self.queries), (0, 0), (0, 0)))
+        x = x.reshape(batch, -1, self.block_q, self.kv_heads, self.group, dim)
+        return x.transpose(0, 3, 4, 1, 2, 5)
+
+    def join_rows(self, x):
+        """Reshape BKGIqD to BTND, without the padding."""
+        batch, dim = x.shape[0], x.shape[-1]
+        x = x.transpose(0, 3, 4, 1, 2, 5).reshape(batch, -1, self.kv_heads * self.group, dim)
+        return x[:, : self.queries]
+
+    def tile_keys(self, x, *, reduce_groups=False):
+        """Reshape BSKD to JBKsD, padding S with zeros; `reduce_groups`: "or" over query heads."""
+        batch, tokens, heads, dim = x.shape
+        x = jnp.pad(x, ((0, 0), (0, self.padded_keys - tokens), (0, 0), (0, 0)))
+        if reduce_groups and heads > 1:
+            x = jnp.any(x.reshape(batch, -1, self.kv_heads, self.group, dim), axis=3)
+        x = x.reshape(batch, -1, self.block_kv, x.shape[2], dim)
+        return x.transpose(1, 0, 3, 2, 4)
+
+    def join_keys(self, x):
+        """Reshape JBKsD to BSKD, without the padding."""
+        tiles, batch, heads, block, dim = x.shape
+        return x.transpose(1, 0, 3, 2, 4).reshape(batch, tiles * block, heads, dim)[:, : self.keys]
+
+    def split_rows(self, x):
+        """Reshape a mask or bias (b, n, t, s) to BKGIqs; axes of size one stay of size one."""
+        batch, heads, queries, keys = x.shape
+        head_axes = (1, 1) if heads == 1 else (self.kv_heads, self.group)
+        row_axes = (1, 1) if queries == 1 else (queries // self.block_q, self.block_q)
+        return x.reshape(batch, *head_axes, *row_axes, keys)
+
+    def pad_bias(self, x):
+        """Pad the queries and keys of a mask or bias that are not broadcast."""
+        if x is None:
+            return None
+        rows = self.padded_queries - self.queries if x.shape[2] == self.queries else 0
+        columns = self.padded_keys - self.keys if x.shape[3] == self.keys else 0
+        return jnp.pad(x, ((0, 0), (0, 0), (0, rows), (0, columns)))
+
+    def pad_masking(self, masking):
+        return masking._replace(mask=self.pad_bias(masking.mask))
+
+    def reduce_to_bias(self, ds_BKGIqs, bias):
+        """Sum the gradient of one tile of scores over the broadcast axes of the bias."""
+        target = self.split_rows(bias[..., :1]).shape[:-1]
+        axes = [axis for axis, size in enumerate(target) if size == 1]
+        if bias.shape[3] == 1:
+            axes.append(5)
+        return jnp.sum(ds_BKGIqs, axis=tuple(axes), keepdims=True)
+
+    def join_bias(self, d_bias, bias):
+        """Reshape the stacked tiles of the bias' gradient to the (unpadded) shape of the bias."""
+        d_bias = jnp.sum(d_bias, axis=0) if bias.shape[3] == 1 else jnp.moveaxis(d_bias, 0, -2)
+        return d_bias.reshape(bias.shape)

@@ -1,0 +1,12 @@
+"""Strict settings for every test: four fake devices, no implicit promotion, warnings are errors."""
+
+import jax
+
+
+def pytest_configure(config):
+    """Run on the CPU, unless GPU tests were asked for (`pytest -m gpu`)."""
+    if config.option.markexpr != "gpu":
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", 4)
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -1,0 +1,124 @@
+"""The reference implementation, and what only it can show: exactness without quantization."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas import sage_attention
+from kernels_pallas.sage_attention import vjp
+from kernels_pallas.sage_attention.masking import Masking, Structure
+from kernels_pallas.sage_attention.reference import Options
+from tests.conformance.attention import AttentionConformance, draw
+from tests.conformance.exact_attention import exact_attention, relative_l2
+
+
+class TestXla(AttentionConformance):
+    implementation = "xla"
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("queries", "keys", "kv_heads"), [(200, 200, 4), (130, 70, 2), (1, 9, 1)])
+def test_without_quantization_the_same_path_is_exact(queries, keys, kv_heads, is_causal):
+    inputs = draw(1, batch=2, queries=queries, keys=keys, heads=4, kv_heads=kv_heads, key_bias=2.0)
+    options = Options(0.125, Structure(is_causal, None), quantize=False)
+    masking = Masking(None, jnp.array([queries], jnp.int32), jnp.array([keys], jnp.int32))
+    bias = np.random.default_rng(0).standard_normal((1, 4, queries, keys)).astype(np.float32)
+
+    @jax.jit
+    def program(query, key, value, bias, cotangents):
+        attend = lambda *inputs: vjp.attention(options, *inputs, masking)
+        out, pullback = jax.vjp(attend, query, key, value, bias)
+        return out, pullback(cotangents)
+
+    d_lse = np.random.default_rng(1).standard_normal(inputs[0].shape[:3]).astype(np.float32)
+    (out, lse), gradients = program(*inputs[:3], bias, (inputs[3], d_lse))
+    expected_out, expected_lse, (*expected, ds) = exact_attention(
+        *inputs, bias=bias, scale=0.125, is_causal=is_causal, d_lse=d_lse
+    )
+    assert relative_l2(out, expected_out) <= 1e-5
+    assert relative_l2(lse, expected_lse) <= 1e-5
+    wanted = (*expected, ds.sum(0, keepdims=True))
+    for name, actual, gradient in zip("qkvb", gradients, wanted, strict=True):
+        error = np.linalg.norm(np.asarray(actual) - gradient)
+        assert error <= 1e-5 * np.linalg.norm(gradient) + 1e-5, f"d{name}"
+
+
+def test_no_array_of_queries_times_keys():
+    """Every intermediate of forward and backward is smaller than queries x keys."""
+    tokens = 2048
+    query = jnp.zeros((1, tokens, 1, 64))
+    loss = lambda q, k, v: jnp.sum(sage_attention(q, k, v, implementation="xla", is_causal=True))
+    jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(query, query, query)
+    sizes = [x.aval.size for equation in _equations(jaxpr.jaxpr) for x in equation.outvars]
+    assert max(sizes) == tokens * 64
+
+
+def test_products_are_integer_products():
+    """Six of the seven products are int8 x int8 -> int32; dP alone is a float product."""
+    query = jnp.zeros((1, 128, 1, 64), jnp.bfloat16)
+    loss = lambda q, k, v: jnp.sum(sage_attention(q, k, v).astype(jnp.float32))
+    jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(query, query, query)
+    kinds = [
+        (str(e.invars[0].aval.dtype), str(e.outvars[0].aval.dtype))
+        for e in _equations(jaxpr.jaxpr)
+        if e.primitive.name == "dot_general"
+    ]
+    # Forward: QKᵀ, PV. Backward: QKᵀ again, PᵀdO, dO Vᵀ, dS K, dSᵀQ.
+    assert sorted(kinds) == [("bfloat16", "float32")] + [("int8", "int32")] * 6
+
+
+def _equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for parameter in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(parameter, "jaxpr", parameter)  # a closed jaxpr holds an open one
+            if hasattr(inner, "eqns"):
+                yield from _equations(inner)
+
+
+GOOD = jnp.zeros((2, 8, 4, 16))
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (ValueError, r"same shape, got \(2, 8, 4, 16\) and \(2, 9", {"value": (2, 9, 4, 16)}),
+        (ValueError, r"agree in batch and head_dim", {"key": (2, 8, 4, 8), "value": (2, 8, 4, 8)}),
+        (ValueError, r"agree in batch", {"key": (3, 8, 4, 16), "value": (3, 8, 4, 16)}),
+        (ValueError, r"multiple of .* got 4 and 3", {"key": (2, 8, 3, 16), "value": (2, 8, 3, 16)}),
+        (ValueError, r"no axis of size 0", {"query": (2, 0, 4, 16)}),
+        (ValueError, r"shape \(batch, tokens, heads, head_dim\)", {"query": (8, 16)}),
+        (TypeError, r"float32, bfloat16, float16, got int8", {"query": GOOD.astype("i1")}),
+        (TypeError, r"same dtype, got bfloat16", {"query": GOOD.astype(jnp.bfloat16)}),
+        (ValueError, r"mask must be broad.* got \(1, 1, 8, 7\)", {"mask": jnp.ones((8, 7)) > 0}),
+        (TypeError, r"mask must be bool", {"mask": jnp.ones((8, 8))}),
+        (ValueError, r"bias must be broadcastable .*\(2, 4, 8, 8\)", {"bias": (3, 4, 8, 8)}),
+        (ValueError, r"bias must be broadcastable", {"bias": (1, 2, 4, 8, 8)}),
+        (TypeError, r"bias must have a float dtype", {"bias": jnp.ones((8, 8), bool)}),
+        (ValueError, r"\[0, 8\], got \[-1, 2\]", {"query_seq_lengths": jnp.array([-1, 2])}),
+        (ValueError, r"\[0, 8\], got \[3, 9\]", {"key_value_seq_lengths": jnp.array([3, 9])}),
+        (ValueError, r"shape \(batch,\) = \(2,\)", {"key_value_seq_lengths": jnp.array([3])}),
+        (TypeError, r"must hold integers", {"query_seq_lengths": jnp.array([1.0, 2.0])}),
+        (ValueError, r"must not be negative, got \(3, -1\)", {"local_window_size": (3, -1)}),
+        (ValueError, r"one of 'xla'.* got 'cudnn'", {"implementation": "cudnn"}),
+        (TypeError, r"unexpected keyword argument 'causal'", {"causal": True}),
+        (NotImplementedError, r"no attention dropout, got dropout_rate=0.1", {"dropout_rate": 0.1}),
+        (NotImplementedError, r"cannot sow", {"module": object()}),
+    ],
+)  # fmt: skip
+def test_errors_name_what_was_given_and_what_is_allowed(error, message, arguments):
+    make = lambda x: jnp.zeros(x) if isinstance(x, tuple) and len(x) > 1 and x[0] > 0 else x
+    given = {"query": GOOD, "key": GOOD, "value": GOOD}
+    for name, x in arguments.items():
+        given[name] = make(x) if name in ("query", "key", "value", "bias") else x
+    with pytest.raises(error, match=message):
+        sage_attention(**given)
+
+
+def test_lengths_of_traced_arrays_are_not_inspected():
+    attend = jax.jit(functools.partial(sage_attention, is_causal=True))
+    out = attend(GOOD, GOOD, GOOD, key_value_seq_lengths=jnp.array([3, 8]))
+    assert out.shape == GOOD.shape
