@@ -48,8 +48,8 @@ def visible(
     Returns:
         bool (batch|1, heads|1, queries, block).
     """
-    row = jnp.arange(queries)[None, None, :, None]
-    column = (start + jnp.arange(block))[None, None, None, :]
+    row = jnp.arange(queries, dtype=jnp.int32)[None, None, :, None]
+    column = (start + jnp.arange(block, dtype=jnp.int32))[None, None, None, :]
     allowed = column < masking.key_lengths[:, None, None, None]
     allowed &= row < masking.query_lengths[:, None, None, None]
     if structure.is_causal:

@@ -126,8 +126,8 @@ def forward(
         out = keep * out + (tile_weight * p_scale * value_scale) * pv
         return (new_largest, total, out), None
 
-    rows = (*query.shape[:-1], 1)
-    start = (jnp.full(rows, -jnp.inf), jnp.zeros(rows), jnp.zeros(query.shape))
+    f32, rows = jnp.float32, (*query.shape[:-1], 1)
+    start = (jnp.full(rows, -jnp.inf, f32), jnp.zeros(rows, f32), jnp.zeros(query.shape, f32))
     tiles = (layout.key_starts, quantized_key, quantized_value)
     (largest, total, out), _ = lax.scan(visit, start, tiles)
 

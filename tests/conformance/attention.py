@@ -204,6 +204,16 @@ class AttentionConformance:
         _, scanned = jax.lax.scan(lambda carry, x: (carry, self.attend(*x)), 0, (query, key, value))
         np.testing.assert_allclose(scanned, expected, rtol=1e-5, atol=1e-6)
 
+    def test_the_result_does_not_depend_on_x64_mode(self):
+        query, key, value, _ = draw(63, queries=70, heads=4, kv_heads=2)
+        options = {"is_causal": True, "local_window_size": 9, "query_seq_lengths": np.array([60])}
+        gradient = jax.grad(lambda q: jnp.sum(self.attend(q, key, value, **options) ** 2))
+        expected = gradient(query)
+        with jax.enable_x64(True):
+            actual = gradient(query)
+        assert actual.dtype == jnp.float32
+        np.testing.assert_array_equal(actual, expected)
+
     def test_traced_scale(self):
         query, key, value, _ = draw(61, queries=70)
         traced = jax.jit(lambda s: self.attend(query, key, value, scale=s))
