@@ -35,7 +35,7 @@ def errors(
     inputs = (query, key, value, d_out)
 
     with jax.enable_x64(True):
-        exact = _attend(jax.nn.dot_product_attention, inputs, jnp.float64, is_causal)
+        exact = _attend(_softmax_attention, inputs, jnp.float64, is_causal)
     contestants = {
         "int8": _attend(sage_attention, inputs, jnp.float32, is_causal),
         "bf16": _attend(jax.nn.dot_product_attention, inputs, jnp.bfloat16, is_causal),
@@ -47,6 +47,14 @@ def errors(
         )
         for name, tensors in contestants.items()
     }
+
+
+def _softmax_attention(query, key, value, *, is_causal):
+    """Attention as its definition reads, in the dtype of the inputs throughout."""
+    scores = jnp.einsum("btnd,bsnd->bnts", query, key) / query.shape[-1] ** 0.5
+    if is_causal:
+        scores = jnp.where(jnp.tril(jnp.ones(scores.shape, bool)), scores, -jnp.inf)
+    return jnp.einsum("bnts,bsnd->btnd", jax.nn.softmax(scores, axis=-1), value)
 
 
 def _attend(attention, inputs, dtype, is_causal):
