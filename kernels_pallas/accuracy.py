@@ -66,7 +66,8 @@ def _attend(attention, inputs, dtype, is_causal):
         out, pullback = jax.vjp(attend, query, key, value)
         return out, *pullback(d_out)
 
-    tensors = program(*(jnp.asarray(x, dtype) for x in inputs))
+    with jax.numpy_dtype_promotion("standard"):  # jax.nn mixes dtypes for bfloat16
+        tensors = program(*(jnp.asarray(x, dtype) for x in inputs))
     return [np.asarray(x).astype(np.float64) for x in tensors]
 
 
