@@ -1,0 +1,17 @@
+"""Weights in safetensors files and configurations in JSON; nothing is ever unpickled."""
+
+from jaxgen.checkpoints.configs import config_from_json as config_from_json
+from jaxgen.checkpoints.configs import config_to_json as config_to_json
+from jaxgen.checkpoints.files import parse_json_object as parse_json_object
+from jaxgen.checkpoints.files import write_atomically as write_atomically
+from jaxgen.checkpoints.flat import export_flat as export_flat
+from jaxgen.checkpoints.flat import flat_shapes as flat_shapes
+from jaxgen.checkpoints.flat import load_flat as load_flat
+from jaxgen.checkpoints.mmdit import export_mmdit as export_mmdit
+from jaxgen.checkpoints.mmdit import load_mmdit as load_mmdit
+from jaxgen.checkpoints.mmdit import mmdit_shapes as mmdit_shapes
+from jaxgen.checkpoints.safetensors_files import check_arrays as check_arrays
+from jaxgen.checkpoints.safetensors_files import load_safetensors as load_safetensors
+from jaxgen.checkpoints.safetensors_files import read_safetensors_header as read_safetensors_header
+from jaxgen.checkpoints.safetensors_files import save_safetensors as save_safetensors
+from jaxgen.checkpoints.safetensors_format import Header as Header

@@ -1,0 +1,213 @@
+"""Attention layers: projections of one stream, self-attention, and the joint attention of SD3.
+
+The arithmetic between the projections is a function with the signature of
+`jax.nn.dot_product_attention`, chosen by name: "exact", or "int8", which trains with 8-bit
+integer matrix products (`kernels_pallas.sage_attention`).
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float
+
+from jaxgen.layers.norms import RMSNorm
+
+AttentionName = Literal["exact", "int8"]
+
+_XAVIER = nnx.initializers.xavier_uniform()
+
+
+def attention_function(name: str) -> Callable[..., Any]:
+    """Returns the attention function of this name, called as `jax.nn.dot_product_attention`.
+
+    Args:
+        name: "exact" for `jax.nn.dot_product_attention`, "int8" for
+            `kernels_pallas.sage_attention`.
+
+    Raises:
+        ValueError: any other name.
+    """
+    match name:
+        case "exact":
+            return jax.nn.dot_product_attention
+        case "int8":
+            from kernels_pallas import sage_attention
+
+            return sage_attention
+        case _:
+            allowed = ", ".join(map(repr, get_args(AttentionName)))
+            raise ValueError(f"attention must be one of {allowed}, got {name!r}")
+
+
+class HeadProjections(nnx.Module):
+    """The projections of one token stream into heads and, unless left out, back.
+
+    Args:
+        dim: width of the tokens; the heads together have the same width.
+        num_heads: number of heads; must divide `dim`.
+        qk_norm: RMS-normalize queries and keys per head, with weights shared by the heads.
+        output: False leaves the output projection out: the text stream of SD3's last block.
+        dtype: computation dtype.
+        param_dtype: dtype of the parameters.
+
+    Raises:
+        ValueError: `num_heads` does not divide `dim`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        qk_norm: bool = False,
+        output: bool = True,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"num_heads must divide dim, got num_heads={num_heads} and dim={dim}")
+
+        def linear() -> nnx.Linear:
+            dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+            return nnx.Linear(dim, dim, kernel_init=_XAVIER, **dtypes, rngs=rngs)
+
+        def norm() -> RMSNorm | None:
+            if not qk_norm:
+                return None
+            return RMSNorm(dim // num_heads, param_dtype=param_dtype)
+
+        self.num_heads = num_heads
+        self.query, self.key, self.value = linear(), linear(), linear()
+        self.query_norm, self.key_norm = norm(), norm()
+        self.output = linear() if output else None
+
+    def split(
+        self, x: Float[Array, "batch tokens dim"]
+    ) -> tuple[
+        Float[Array, "batch tokens heads head_dim"],
+        Float[Array, "batch tokens heads head_dim"],
+        Float[Array, "batch tokens heads head_dim"],
+    ]:
+        """Returns query, key and value in heads."""
+        heads = (*x.shape[:-1], self.num_heads, -1)
+        query, key, value = (
+            projection(x).reshape(heads) for projection in (self.query, self.key, self.value)
+        )
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        return query, key, value
+
+    def merge(
+        self, heads: Float[Array, "batch tokens heads head_dim"]
+    ) -> Float[Array, "batch tokens dim"] | None:
+        """Joins the heads and projects them; None for a stream without output projection."""
+        if self.output is None:
+            return None
+        return self.output(heads.reshape(*heads.shape[:-2], -1))
+
+
+class SelfAttention(nnx.Module):
+    """Multi-head attention of one stream to itself.
+
+    Args:
+        dim: width of the tokens.
+        num_heads: number of heads; must divide `dim`.
+        qk_norm: RMS-normalize queries and keys per head.
+        attention: "exact" or "int8".
+        dtype: computation dtype.
+        param_dtype: dtype of the parameters.
+
+    Raises:
+        ValueError: unknown `attention`, or `num_heads` does not divide `dim`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        qk_norm: bool = False,
+        attention: AttentionName = "exact",
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.attend = attention_function(attention)
+        self.heads = HeadProjections(
+            dim, num_heads, qk_norm=qk_norm, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "batch tokens dim"],
+        mask: Bool[Array, "batch #heads #tokens tokens"] | None = None,
+    ) -> Float[Array, "batch tokens dim"]:
+        """Attends; `mask` is True where a query (third axis) may see a key (last axis)."""
+        query, key, value = self.heads.split(x)
+        merged = self.heads.merge(self.attend(query, key, value, mask=mask))
+        assert merged is not None  # HeadProjections above has an output projection
+        return merged
+
+
+class JointAttention(nnx.Module):
+    """Image and text tokens attend to both; each stream has its own projections and norms.
+
+    Esser et al. 2024 (arXiv:2403.03206), figure 2. There is no mask: padding tokens of the text
+    take part, as in SD3.
+
+    Args:
+        dim: width of both streams.
+        num_heads: number of heads; must divide `dim`.
+        qk_norm: RMS-normalize queries and keys per head, each stream with its own weights.
+        text_output: False leaves out the output projection of the text stream (last block).
+        attention: "exact" or "int8".
+        dtype: computation dtype.
+        param_dtype: dtype of the parameters.
+
+    Raises:
+        ValueError: unknown `attention`, or `num_heads` does not divide `dim`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        qk_norm: bool = False,
+        text_output: bool = True,
+        attention: AttentionName = "exact",
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.attend = attention_function(attention)
+        dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+        self.image = HeadProjections(dim, num_heads, qk_norm=qk_norm, **dtypes, rngs=rngs)
+        self.text = HeadProjections(
+            dim, num_heads, qk_norm=qk_norm, output=text_output, **dtypes, rngs=rngs
+        )
+
+    def __call__(
+        self,
+        image: Float[Array, "batch image_tokens dim"],
+        text: Float[Array, "batch text_tokens dim"],
+    ) -> tuple[
+        Float[Array, "batch image_tokens dim"], Float[Array, "batch text_tokens dim"] | None
+    ]:
+        """Returns the attention output of both streams, None for text without `text_output`."""
+        image_query, image_key, image_value = self.image.split(image)
+        text_query, text_key, text_value = self.text.split(text)
+        key = jnp.concatenate([image_key, text_key], axis=1)
+        value = jnp.concatenate([image_value, text_value], axis=1)
+        # Without a text output nobody would read what the text queries find.
+        text_queries = [] if self.text.output is None else [text_query]
+        query = jnp.concatenate([image_query, *text_queries], axis=1)
+        image_heads, text_heads = jnp.split(self.attend(query, key, value), [image.shape[1]], 1)
+        merged = self.image.merge(image_heads)
+        assert merged is not None  # the image stream always has an output projection
+        return merged, self.text.merge(text_heads)

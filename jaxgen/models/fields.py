@@ -1,0 +1,52 @@
+"""Checks and canonical forms of configuration fields, shared by the frozen model configs."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+
+def require_positive(config: Any, *names: str) -> None:
+    """Raises ValueError unless each of these fields of `config` is a positive int."""
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a positive int, got {name}={value!r}")
+
+
+def require_bool(config: Any, *names: str) -> None:
+    """Raises ValueError unless each of these fields of `config` is True or False."""
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def require_divides(config: Any, divisor: str, total: str) -> None:
+    """Raises ValueError unless field `divisor` divides field `total`."""
+    small, large = getattr(config, divisor), getattr(config, total)
+    if large % small:
+        raise ValueError(
+            f"{divisor} must divide {total}, got {divisor}={small} and {total}={large}"
+        )
+
+
+def set_field(config: Any, name: str, value: Any) -> None:
+    """Sets a field of a frozen dataclass from its `__post_init__`."""
+    object.__setattr__(config, name, value)
+
+
+def set_float_dtypes(config: Any) -> None:
+    """Makes `dtype` and `param_dtype` NumPy dtypes, so that equal configs compare equal.
+
+    Raises:
+        ValueError: no floating dtype.
+    """
+    for name in ("dtype", "param_dtype"):
+        value = getattr(config, name)
+        try:
+            dtype = jnp.dtype(value)
+        except TypeError:
+            dtype = None
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"{name} must be a float dtype such as bfloat16, got {value!r}")
+        set_field(config, name, dtype)

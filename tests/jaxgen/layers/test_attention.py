@@ -1,0 +1,133 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import kernels_pallas
+from jaxgen.layers import HeadProjections, JointAttention, SelfAttention, attention_function
+
+
+def _random(*shape, seed=0):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def test_attention_names():
+    assert attention_function("exact") is jax.nn.dot_product_attention
+    assert attention_function("int8") is kernels_pallas.sage_attention
+
+
+def test_unknown_attention_name_is_refused_with_the_choices():
+    with pytest.raises(ValueError, match="must be one of 'exact', 'int8', got 'flash'"):
+        attention_function("flash")
+    with pytest.raises(ValueError, match="must be one of 'exact', 'int8', got 'fp4'"):
+        JointAttention(8, 2, attention="fp4", rngs=nnx.Rngs(0))
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(ValueError, match="num_heads must divide dim, got num_heads=3 and dim=8"):
+        HeadProjections(8, 3, rngs=nnx.Rngs(0))
+
+
+def test_qk_norm_makes_queries_and_keys_independent_of_the_input_scale():
+    heads = HeadProjections(16, 2, qk_norm=True, rngs=nnx.Rngs(0))
+    x = _random(2, 5, 16)
+    query, key, value = heads.split(x)
+    large_query, large_key, large_value = heads.split(100.0 * x)
+    np.testing.assert_allclose(query, large_query, atol=1e-3)
+    np.testing.assert_allclose(key, large_key, atol=1e-3)
+    np.testing.assert_allclose(100.0 * value, large_value, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(jnp.square(query).mean(-1), 1.0, atol=1e-3)
+
+
+def test_self_attention_by_hand():
+    layer = SelfAttention(8, 2, rngs=nnx.Rngs(0))
+    x = np.asarray(_random(1, 3, 8)[0], np.float64)
+    parts = [layer.heads.query, layer.heads.key, layer.heads.value]
+    query, key, value = (x @ np.asarray(part.kernel[...], np.float64) for part in parts)
+    heads = []
+    for head in (slice(0, 4), slice(4, 8)):
+        weights = np.exp(query[:, head] @ key[:, head].T / np.sqrt(4))
+        heads.append(weights / weights.sum(-1, keepdims=True) @ value[:, head])
+    expected = np.concatenate(heads, -1) @ np.asarray(layer.heads.output.kernel[...], np.float64)
+    np.testing.assert_allclose(layer(jnp.asarray(x, jnp.float32)[None])[0], expected, atol=1e-5)
+
+
+def test_mask_hides_keys():
+    layer = SelfAttention(8, 2, rngs=nnx.Rngs(0))
+    x = _random(1, 4, 8)
+    mask = jnp.array([True, True, True, False])[None, None, None, :]
+    np.testing.assert_allclose(
+        layer(x, mask)[:, :3], layer(x.at[:, 3].set(7.0), mask)[:, :3], atol=1e-6
+    )
+
+
+def test_joint_attention_is_self_attention_over_both_streams():
+    joint = JointAttention(8, 2, qk_norm=True, rngs=nnx.Rngs(0))
+    alone = SelfAttention(8, 2, qk_norm=True, rngs=nnx.Rngs(1))
+    for stream in (joint.image, joint.text):
+        nnx.update(stream, nnx.state(alone.heads))
+    image, text = _random(2, 5, 8), _random(2, 3, 8, seed=1)
+    together = alone(jnp.concatenate([image, text], axis=1))
+    image_out, text_out = joint(image, text)
+    np.testing.assert_allclose(image_out, together[:, :5], atol=1e-6)
+    np.testing.assert_allclose(text_out, together[:, 5:], atol=1e-6)
+
+
+def test_last_block_returns_no_text():
+    joint = JointAttention(8, 2, text_output=False, rngs=nnx.Rngs(0))
+    image, text = joint(_random(1, 4, 8), _random(1, 2, 8))
+    assert image.shape == (1, 4, 8)
+    assert text is None
+
+
+def test_int8_attention_is_close_to_exact_in_value_and_gradient():
+    def run(attention):
+        layer = JointAttention(64, 2, qk_norm=True, attention=attention, rngs=nnx.Rngs(0))
+
+        def loss(image, text):
+            outputs = layer(image, text)
+            return sum(jnp.sum(out * jnp.cos(out)) for out in outputs), outputs
+
+        inputs = (_random(2, 70, 64), _random(2, 9, 64, seed=1))
+        gradients, outputs = jax.grad(loss, argnums=(0, 1), has_aux=True)(*inputs)
+        return outputs, gradients
+
+    for bar, exact, quantized in zip((0.03, 0.07), run("exact"), run("int8"), strict=True):
+        for expected, got in zip(exact, quantized, strict=True):
+            error = jnp.linalg.norm(got - expected) / jnp.linalg.norm(expected)
+            assert 0.0 < error < bar
+
+
+def test_layer_in_a_linen_tree():
+    linen = nnx.bridge.ToLinen(JointAttention, args=(8, 2), kwargs={"qk_norm": True})
+    image, text = _random(2, 5, 8), _random(2, 3, 8, seed=1)
+    variables = linen.init(jax.random.key(0), image, text)
+
+    def loss(variables):
+        outputs = linen.apply(variables, image, text)
+        return sum(jnp.sum(jnp.square(out)) for out in outputs)
+
+    gradients = jax.tree.leaves(jax.grad(loss, allow_int=True)(variables)["params"])
+    assert len(gradients) == 20  # four linears and two norms in each stream
+    assert all(jnp.isfinite(g).all() for g in gradients)
+    assert sum(float(jnp.abs(g).sum()) for g in gradients) > 0.0
+
+
+@pytest.mark.parametrize("mask", [None, "causal"])
+def test_sage_attention_inside_flax_multi_head_attention(mask):
+    x = _random(2, 9, 32)
+    mask = None if mask is None else nnx.make_causal_mask(jnp.ones((2, 9)))
+
+    def run(**options):
+        layer = nnx.MultiHeadAttention(2, 32, decode=False, rngs=nnx.Rngs(0), **options)
+        value, gradient = jax.value_and_grad(lambda x: jnp.sum(jnp.square(layer(x, mask=mask))))(x)
+        return value, gradient
+
+    (exact, exact_gradient), (value, gradient) = (
+        run(),
+        run(attention_fn=kernels_pallas.sage_attention),
+    )
+    np.testing.assert_allclose(value, exact, rtol=0.05)
+    error = jnp.linalg.norm(gradient - exact_gradient) / jnp.linalg.norm(exact_gradient)
+    assert 0.0 < error < 0.07

@@ -1,0 +1,234 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxgen.layers import PositionTable
+from jaxgen.models import MMDIT_PRESETS, MMDiT, MMDiTConfig
+
+TINY = MMDiTConfig(
+    sample_size=8,
+    patch_size=2,
+    in_channels=3,
+    num_layers=2,
+    num_heads=2,
+    head_dim=8,
+    joint_attention_dim=12,
+    pooled_projection_dim=10,
+    pos_embed_max_size=6,
+    qk_norm=True,
+    dual_attention_layers=(0,),
+)
+
+
+def _perturbed(config=TINY):
+    """A model in which no parameter has its initial zero or one; nothing is compiled for it."""
+    random = np.random.default_rng(0)
+    graph, state = nnx.split(nnx.eval_shape(lambda: MMDiT(config, rngs=nnx.Rngs(0))))
+
+    def draw(path, variable):
+        values = random.normal(size=variable.shape)
+        values *= variable.shape[0] ** -0.5 if path[-1] == "kernel" else 0.3
+        values += 1.0 if path[-1] == "scale" else 0.0
+        return variable.replace(jnp.asarray(values.astype(np.float32)))
+
+    flat = [(path, draw(path, variable)) for path, variable in nnx.to_flat_state(state)]
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def _inputs(config=TINY, height=8, width=6, batch=2, tokens=5):
+    keys = jax.random.split(jax.random.key(0), 3)
+    return (
+        jax.random.normal(keys[0], (batch, height, width, config.in_channels)),
+        jnp.linspace(3.25, 900.5, batch),
+        jax.random.normal(keys[1], (batch, tokens, config.joint_attention_dim)),
+        jax.random.normal(keys[2], (batch, config.pooled_projection_dim)),
+    )
+
+
+@nnx.jit
+def _run(model, *inputs):
+    return model(*inputs)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "table", "keys"),
+    [
+        ("sd3-medium", 2_028_328_000, 192**2 * 1536, 683),
+        ("sd3.5-medium", 2_243_171_520, 384**2 * 1536, 909),
+        ("sd3.5-large", 8_056_627_520, 192**2 * 2432, 1227),
+    ],
+)
+def test_released_models_have_their_parameter_counts(name, parameters, table, keys):
+    model = nnx.eval_shape(lambda: MMDiT(MMDIT_PRESETS[name], rngs=nnx.Rngs(0)))
+    trained = jax.tree.leaves(nnx.state(model, nnx.Param))
+    (stored,) = jax.tree.leaves(nnx.state(model, PositionTable))
+    assert sum(leaf.size for leaf in trained) == parameters
+    assert stored.size == table
+    assert len(trained) + 1 == keys
+
+
+def test_our_presets_share_one_text_encoder_and_picture_size():
+    large, small = MMDIT_PRESETS["openmoji-large"], MMDIT_PRESETS["openmoji-small"]
+    assert (large.width, small.width) == (256, 128)
+    for field in ("sample_size", "in_channels", "joint_attention_dim", "pooled_projection_dim"):
+        assert getattr(large, field) == getattr(small, field)
+
+
+def test_new_model_predicts_zero():
+    model = MMDiT(TINY, rngs=nnx.Rngs(0))
+    velocity = _run(model, *_inputs())
+    assert velocity.shape == (2, 8, 6, 3)
+    assert not velocity.any()
+
+
+def test_out_channels():
+    config = dataclasses.replace(TINY, out_channels=5)
+    velocity = nnx.eval_shape(lambda: MMDiT(config, rngs=nnx.Rngs(0))(*_inputs()))
+    assert velocity.shape == (2, 8, 6, 5)
+
+
+def test_every_input_and_every_row_matters_to_itself_only():
+    model, inputs = _perturbed(), _inputs()
+    base = _run(model, *inputs)
+    for position, value in enumerate(inputs):
+        changed = list(inputs)
+        changed[position] = value.at[0].multiply(1.5)
+        difference = jnp.abs(_run(model, *changed) - base).max(axis=(1, 2, 3))
+        assert difference[0] > 1e-5
+        assert difference[1] < 1e-6
+
+
+@pytest.mark.parametrize("dual_layers", [(), (0, 1)])
+def test_gradients_are_finite_and_reach_every_parameter(dual_layers):
+    model = _perturbed(dataclasses.replace(TINY, dual_attention_layers=dual_layers))
+    inputs = _inputs()
+    graph, parameters, table = nnx.split(model, nnx.Param, ...)
+
+    @jax.jit
+    @jax.grad
+    def gradient(parameters):
+        return jnp.mean(jnp.square(nnx.merge(graph, parameters, table)(*inputs) - 1.0))
+
+    for path, leaf in nnx.to_flat_state(gradient(parameters)):
+        values = leaf[...]
+        assert jnp.isfinite(values).all(), path
+        # The last block reads keys and values of the text; its queries are in SD3's files, unused.
+        unused = path[:2] == ("blocks", 1) and path[3:5] in (
+            ("text", "query"),
+            ("text", "query_norm"),
+        )
+        assert (jnp.abs(values).max() > 1e-7) != unused, path
+
+
+def test_remat_changes_nothing_but_memory():
+    inputs = _inputs()
+
+    def value_and_gradient(remat):
+        model = _perturbed(dataclasses.replace(TINY, remat=remat, dual_attention_layers=()))
+        graph, parameters, table = nnx.split(model, nnx.Param, ...)
+        loss = lambda p: jnp.mean(jnp.square(nnx.merge(graph, p, table)(*inputs) - 1.0))
+        assert ("remat" in str(jax.make_jaxpr(loss)(parameters))) == remat
+        return jax.jit(jax.value_and_grad(loss))(parameters)
+
+    jax.tree.map(
+        lambda plain, remat: np.testing.assert_allclose(plain, remat, rtol=1e-4, atol=1e-6),
+        value_and_gradient(False),
+        value_and_gradient(True),
+    )
+
+
+def test_bfloat16_is_close_to_float32():
+    inputs = _inputs()
+    exact = _run(_perturbed(), *inputs)
+    # JAX's own attention cannot run in bfloat16 under strict promotion.
+    with jax.numpy_dtype_promotion("standard"):
+        half = _run(_perturbed(dataclasses.replace(TINY, dtype=jnp.bfloat16)), *inputs)
+    assert half.dtype == jnp.bfloat16
+    error = jnp.linalg.norm(half.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)
+    assert 0.0 < error < 0.02
+
+
+def test_param_dtype_is_that_of_every_variable():
+    config = dataclasses.replace(TINY, param_dtype="bfloat16")
+    model = nnx.eval_shape(lambda: MMDiT(config, rngs=nnx.Rngs(0)))
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("bfloat16")}
+
+
+def test_int8_attention_is_close_to_exact():
+    inputs = _inputs()
+    exact = _run(_perturbed(), *inputs)
+    quantized = _run(_perturbed(dataclasses.replace(TINY, attention="int8")), *inputs)
+    error = jnp.linalg.norm(quantized - exact) / jnp.linalg.norm(exact)
+    assert 0.0 < error < 0.03
+
+
+def test_linen_bridge():
+    config = dataclasses.replace(TINY, num_layers=1, dual_attention_layers=())
+    linen = nnx.bridge.ToLinen(MMDiT, args=(config,))
+    inputs = _inputs()
+    variables = jax.jit(linen.init)(jax.random.key(0), *inputs)
+
+    def loss(params):
+        return jnp.mean(jnp.square(linen.apply(variables | {"params": params}, *inputs) - 1.0))
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(variables["params"])
+    assert float(value) == 1.0
+    final = gradient["final_projection"]["bias"]
+    assert jnp.abs(final).min() > 0.0
+    assert "PositionTable" in variables
+
+
+@pytest.mark.parametrize(
+    ("position", "shape", "message"),
+    [
+        (0, (2, 8, 8), r"latents must have shape \(2, height, width, 3\), got \(2, 8, 8\)"),
+        (0, (2, 8, 8, 4), r"latents must have shape \(2, height, width, 3\), got \(2, 8, 8, 4\)"),
+        (0, (2, 7, 8, 3), "patch_size=2 must divide height and width, got 7x8"),
+        (0, (2, 14, 8, 3), r"7x4 patches, at most 6x6 are allowed \(pos_embed_max_size\)"),
+        (1, (), r"timestep must have shape \(2\), got \(\)"),
+        (1, (3,), r"timestep must have shape \(2\), got \(3,\)"),
+        (2, (2, 5, 13), r"context must have shape \(2, tokens, 12\), got \(2, 5, 13\)"),
+        (2, (1, 5, 12), r"context must have shape \(2, tokens, 12\), got \(1, 5, 12\)"),
+        (3, (2, 12), r"pooled must have shape \(2, 10\), got \(2, 12\)"),
+    ],
+)
+def test_wrong_inputs_are_refused(position, shape, message):
+    inputs = list(_inputs())
+    inputs[position] = jnp.zeros(shape)
+    with pytest.raises(ValueError, match=message):
+        nnx.eval_shape(lambda: MMDiT(TINY, rngs=nnx.Rngs(0))(*inputs))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"patch_size": 3}, "patch_size must divide sample_size, got patch_size=3 and"),
+        ({"num_layers": 0}, "num_layers must be a positive int, got num_layers=0"),
+        ({"num_heads": 2.0}, "num_heads must be a positive int, got num_heads=2.0"),
+        ({"in_channels": True}, "in_channels must be a positive int, got in_channels=True"),
+        ({"out_channels": -1}, "out_channels must be a positive int, got out_channels=-1"),
+        ({"sample_size": 16}, "is 8 patches a side, more than pos_embed_max_size=6"),
+        ({"num_heads": 1, "head_dim": 6}, "must be a multiple of 4, got 6"),
+        ({"dual_attention_layers": (2,)}, r"below num_layers=2, got \(2,\)"),
+        ({"dual_attention_layers": (1, 0)}, r"increasing block numbers .*, got \(1, 0\)"),
+        ({"attention": "flash"}, "attention must be one of 'exact', 'int8', got 'flash'"),
+        ({"qk_norm": "no"}, "qk_norm must be True or False, got 'no'"),
+        ({"remat": 1}, "remat must be True or False, got 1"),
+        ({"dtype": "int8"}, "dtype must be a float dtype such as bfloat16, got 'int8'"),
+        ({"param_dtype": "float99"}, "param_dtype must be a float dtype .*, got 'float99'"),
+    ],
+)
+def test_wrong_configurations_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY, **change)
+
+
+def test_equal_configurations_compare_and_hash_equal():
+    named = dataclasses.replace(TINY, dtype="bfloat16", dual_attention_layers=[0])
+    typed = dataclasses.replace(TINY, dtype=jnp.bfloat16)
+    assert named == typed
+    assert hash(named) == hash(typed)
