@@ -284,6 +284,9 @@ _OPENMOJI = MMDiTConfig(
     pos_embed_max_size=16,
     qk_norm=True,
 )
+_OPENMOJI_32 = dataclasses.replace(
+    _OPENMOJI, sample_size=32, num_layers=4, num_heads=2, pos_embed_max_size=8
+)
 
 MMDIT_PRESETS: Mapping[str, MMDiTConfig] = MappingProxyType(
     {
@@ -294,9 +297,8 @@ MMDIT_PRESETS: Mapping[str, MMDiTConfig] = MappingProxyType(
         "sd3.5-large": dataclasses.replace(_SD3, num_layers=38, num_heads=38, qk_norm=True),
         "openmoji-large": _OPENMOJI,
         "openmoji-small": dataclasses.replace(_OPENMOJI, num_layers=4, num_heads=2),
-        "openmoji-32": dataclasses.replace(
-            _OPENMOJI, sample_size=32, num_layers=4, num_heads=2, pos_embed_max_size=8
-        ),
+        "openmoji-32": _OPENMOJI_32,
+        "openmoji-32-small": dataclasses.replace(_OPENMOJI_32, num_layers=2, num_heads=1),
         "tiny": dataclasses.replace(
             _OPENMOJI,
             sample_size=16,
@@ -307,4 +309,5 @@ MMDIT_PRESETS: Mapping[str, MMDiTConfig] = MappingProxyType(
         ),
     }
 )
-"""Named configurations: the released Stable Diffusion models, ours, and one for tests."""
+"""Named configurations: the released Stable Diffusion models, ours (at 64 pixels, and at 32 for
+training on a CPU), and one for tests."""

@@ -1,0 +1,3 @@
+"""From a folder of weights to a result: load, call, look."""
+
+from jaxgen.pipelines.text_to_image import TextToImage as TextToImage

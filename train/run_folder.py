@@ -1,0 +1,70 @@
+"""The folder of a run belongs to one configuration, kept in `config.json`."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from jaxgen.checkpoints import parse_json_object, write_atomically
+from train.text_to_image_config import MAY_CHANGE, Config
+
+
+class ConfigChangedError(ValueError):
+    """A folder holds a run with another configuration."""
+
+
+def claim(config: Config) -> Path:
+    """Make the run's folder, or check that the run in it had the same configuration.
+
+    Options in `MAY_CHANGE` may differ; the file then holds the new ones.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigChangedError: An option that decides the updates differs; the message lists old and
+            new values.
+        ValueError: `config.json` is no JSON object.
+    """
+    folder, path = config.output, config.output / "config.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    new = to_json(config)
+    if path.exists():
+        try:
+            old = parse_json_object(path.read_bytes(), str(path))
+        except ValueError as error:
+            raise ValueError(f"{folder} cannot be resumed: {error}") from error
+        differing = [
+            name
+            for name in sorted(old.keys() | new.keys())
+            if name not in MAY_CHANGE and old.get(name) != new.get(name)
+        ]
+        if differing:
+            lines = [
+                f"  {name}: {old.get(name, '(absent)')!r} before, {new.get(name, '(absent)')!r} now"
+                for name in differing
+            ]
+            raise ConfigChangedError(
+                f"{folder} holds a run with another configuration:\n"
+                + "\n".join(lines)
+                + "\nrepeat its options to resume it, or choose another --output"
+            )
+    write_atomically(path, [(json.dumps(new, indent=2) + "\n").encode()])
+    return folder
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """Return the configuration without its folder, as JSON can hold it."""
+    values = dataclasses.asdict(config)
+    del values["output"]
+    return {name: _plain(value) for name, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case Path():
+            return value.as_posix()
+        case tuple():
+            return list(value)
+        case _:
+            return value
