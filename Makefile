@@ -12,9 +12,11 @@ help:  ## list the targets
 setup: $(READY)  ## make .venv and install jaxgen with everything for development
 
 $(READY): pyproject.toml scripts/find_python.sh
-	@python=$$(scripts/find_python.sh) || exit 1; \
-	echo "Setting up $(VENV) with $$($$python --version) (once; about a minute)"; \
-	$$python -m venv --clear $(VENV)
+	@if ! $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then \
+		python=$$(scripts/find_python.sh) || exit 1; \
+		echo "Setting up $(VENV) with $$($$python --version) (once; a minute or two)"; \
+		$$python -m venv --clear $(VENV) || exit 1; \
+	fi
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	@touch $(READY)
 

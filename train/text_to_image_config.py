@@ -46,7 +46,7 @@ class Config:
 
     # --- model ---
     model: str = "openmoji-large"
-    """Preset: openmoji-large or -small (64 pixels), openmoji-32 or -32-small (for CPUs), or tiny."""
+    """Preset: openmoji-large, openmoji-small; at 32 pixels openmoji-32, -32-small; or tiny."""
     attention: Literal["exact", "int8"] = "exact"
     """Arithmetic of the attention, forward and backward."""
     text_encoder_from: Path | None = None

@@ -1,6 +1,7 @@
 """The reference implementation, and what only it can show: exactness without quantization."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -122,3 +123,16 @@ def test_lengths_of_traced_arrays_are_not_inspected():
     attend = jax.jit(functools.partial(sage_attention, is_causal=True))
     out = attend(GOOD, GOOD, GOOD, key_value_seq_lengths=jnp.array([3, 8]))
     assert out.shape == GOOD.shape
+
+
+@pytest.mark.parametrize("spec", [jax.P("data"), jax.P(None, None, "data")], ids=["batch", "heads"])
+def test_sharded_batches_and_heads_need_no_communication(spec):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.NamedSharding(mesh, spec)
+    loss = lambda q, k, v: jnp.sum(sage_attention(q, k, v, is_causal=True) ** 2)
+    inputs = [jax.device_put(x, sharding) for x in draw(2, batch=2, queries=70)[:3]]
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)), out_shardings=(sharding,) * 3)
+    program = gradient.lower(*inputs).compile().as_text()
+    assert not re.findall(r"all-gather|all-reduce|all-to-all|collective-permute", program)
+    expected = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*map(np.asarray, inputs))
+    jax.tree.map(np.testing.assert_array_equal, gradient(*inputs), expected)
