@@ -19,10 +19,11 @@ type Implementation = Literal["xla"]
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
-def _xla(query, key, value, bias, masking, structure, scale):
+def _xla(query, key, value, bias, masking, structure, scale, smooth_values):
     options = Options(
         scale=scale,
         structure=structure,
+        smooth_values=smooth_values,
         block_q=min(64, query.shape[1]),
         block_kv=min(64, key.shape[1]),
     )
@@ -47,6 +48,7 @@ def sage_attention(
     local_window_size: int | tuple[int, int] | None = None,
     implementation: Implementation | None = None,
     return_residual: bool = False,
+    smooth_values: bool = False,
     **flax_options: Any,
 ) -> Array | tuple[Array, Array]:
     r"""INT8 attention that trains: `softmax(scale · QKᵀ + bias) V` with quantized matrix products.
@@ -69,7 +71,8 @@ def sage_attention(
         bias: at most 4-D, broadcastable to (batch, heads, queries, keys); added to the scaled
             scores. Differentiable.
         mask: bool, broadcastable like `bias`; True lets a query attend to a key.
-        scale: factor on the scores, 1/sqrt(head_dim) if None; differentiable if it is an array.
+        scale: factor on the scores, 1/sqrt(head_dim) if None. A JAX scalar is traced, so changing
+            it does not recompile, and differentiable.
         is_causal: query t sees keys 0 … t. The first query aligns with the first key also if the
             numbers of queries and keys differ.
         query_seq_lengths: int (batch,); queries beyond it are padding and give zeros.
@@ -77,8 +80,12 @@ def sage_attention(
         local_window_size: (left, right), or one int for both: query t sees keys t-left … t+right.
         implementation: "xla" runs on every device. None picks the first that supports the call.
         return_residual: also return the log-sum-exp of the scores, float32 (batch, queries, heads).
-        **flax_options: the keywords that `nnx.MultiHeadAttention` hands to its `attention_fn`
-            (`deterministic`, `dtype`, …). Those that would change the result are refused.
+        smooth_values: quantize the values less their mean over the tokens, which is added to the
+            output. Not in the paper. Use it where channels of the values have means far above
+            their spread: without it the error of dQ and dK grows with that ratio.
+        **flax_options: the keywords that `nnx.MultiHeadAttention` hands to its `attention_fn`.
+            `dtype` casts the operands; dropout, sown weights and custom einsums are refused;
+            `precision` and what concerns dropout only have no effect.
 
     Returns:
         The output, shape and dtype of `query`; or (output, log-sum-exp).
@@ -111,21 +118,21 @@ def sage_attention(
         _check_lengths("query_seq_lengths", query_seq_lengths, batch, queries),
         _check_lengths("key_value_seq_lengths", key_value_seq_lengths, batch, keys),
     )
-    structure = Structure(bool(is_causal), _check_window(local_window_size))
-    if scale is None:
-        scale = 1.0 / math.sqrt(head_dim)
-    elif isinstance(scale, jax.Array):
-        query = (query.astype(jnp.float32) * scale.astype(jnp.float32)).astype(query.dtype)
+    structure = Structure(bool(is_causal), _check_window(local_window_size, queries + keys))
+    scale = _check_scale(scale, head_dim)
+    dtype = query.dtype
+    if isinstance(scale, jax.Array):
+        query = query.astype(jnp.float32) * scale.astype(jnp.float32)
         scale = 1.0
 
     chosen = next(iter(_IMPLEMENTATIONS)) if implementation is None else implementation
-    if chosen not in _IMPLEMENTATIONS:
+    if not isinstance(chosen, str) or chosen not in _IMPLEMENTATIONS:
         allowed = ", ".join(map(repr, _IMPLEMENTATIONS))
         raise ValueError(f"implementation must be None or one of {allowed}, got {chosen!r}")
     out, logsumexp = _IMPLEMENTATIONS[chosen](
-        query, key, value, bias, masking, structure, float(scale)
+        query, key, value, bias, masking, structure, scale, bool(smooth_values)
     )
-    out = out.reshape(*batch_shape, queries, heads, head_dim)
+    out = out.astype(dtype).reshape(*batch_shape, queries, heads, head_dim)
     if return_residual:
         return out, logsumexp.reshape(*batch_shape, queries, heads)
     return out
@@ -175,25 +182,47 @@ def _check_lengths(name, lengths, batch, tokens):
     """Lengths as int32 (batch|1,); values are checked where they are known."""
     if lengths is None:
         return jnp.full((1,), tokens, jnp.int32)
-    lengths = jnp.asarray(lengths)
+    if not isinstance(lengths, Tracer):
+        lengths = np.asarray(lengths)
     if not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise TypeError(f"{name} must hold integers, got {lengths.dtype}")
     if lengths.shape != (batch,):
         raise ValueError(f"{name} must have shape (batch,) = ({batch},), got {lengths.shape}")
-    if not isinstance(lengths, Tracer):
-        known = np.asarray(lengths)
-        if known.min() < 0 or known.max() > tokens:
-            raise ValueError(f"{name} must lie in [0, {tokens}], got {known.tolist()}")
-    return lengths.astype(jnp.int32)
+    if isinstance(lengths, np.ndarray) and (lengths.min() < 0 or lengths.max() > tokens):
+        raise ValueError(f"{name} must lie in [0, {tokens}], got {lengths.tolist()}")
+    # Values that are only known when the program runs cannot raise; they are cut off.
+    return jnp.clip(jnp.asarray(lengths, jnp.int32), 0, tokens)
 
 
-def _check_window(window):
+def _check_window(window, widest):
+    """The window as two ints, cut off where it is wider than everything."""
     if window is None:
         return None
-    left, right = (window, window) if isinstance(window, int) else window
-    if left < 0 or right < 0:
-        raise ValueError(f"local_window_size must not be negative, got {(left, right)}")
-    return int(left), int(right)
+    sides = window if isinstance(window, tuple | list) else (window, window)
+    if len(sides) != 2 or not all(_is_integer(side) for side in sides):
+        raise TypeError(f"local_window_size must be an int or (left, right) ints, got {window!r}")
+    if min(sides) < 0:
+        raise ValueError(f"local_window_size must not be negative, got {tuple(sides)}")
+    return min(int(sides[0]), widest), min(int(sides[1]), widest)
+
+
+def _check_scale(scale, head_dim):
+    """The scale as a Python float, or as a JAX scalar that is traced."""
+    if scale is None:
+        return 1.0 / math.sqrt(head_dim)
+    if isinstance(scale, jax.Array):
+        if scale.ndim or not jnp.issubdtype(scale.dtype, jnp.floating):
+            raise ValueError(
+                f"scale must be a float scalar, got {scale.dtype} of shape {scale.shape}"
+            )
+        return scale
+    if isinstance(scale, int | float | np.number | np.ndarray) and np.ndim(scale) == 0:
+        return float(scale)
+    raise ValueError(f"scale must be a number or a float scalar, got {scale!r}")
+
+
+def _is_integer(value):
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _accept_flax(options, mask, query, key, value):
@@ -215,6 +244,9 @@ def _accept_flax(options, mask, query, key, value):
         raise NotImplementedError(
             "sage_attention never forms the attention weights, so it cannot sow them"
         )
+    for name in ("qk_attn_weights_einsum", "attn_weights_value_einsum"):
+        if options.get(name) is not None:
+            raise NotImplementedError(f"sage_attention has its own matrix products, got {name}")
     if options.get("dtype") is not None:
         query, key, value = (jnp.asarray(x).astype(options["dtype"]) for x in (query, key, value))
     if mask is not None:

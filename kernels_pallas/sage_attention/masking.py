@@ -67,6 +67,8 @@ def coverage(
 ) -> tuple[jax.Array, jax.Array]:
     """Find the queries that attend to anything and the keys that anybody attends to.
 
+    Without an explicit mask, what a query sees is an interval of keys, and the answer is a formula.
+
     Args:
         masking: the traced half of the mask, padded to `queries` and `keys`.
         structure: the static half.
@@ -77,6 +79,8 @@ def coverage(
     Returns:
         bool (batch|1, heads|1, queries) and bool (batch|1, heads|1, keys).
     """
+    if masking.mask is None:
+        return _seen(masking, structure, queries, keys)
 
     def examine(attending, start):
         allowed = visible(masking, structure, start, queries, block)
@@ -87,3 +91,23 @@ def coverage(
     starts = jnp.arange(0, keys, block, dtype=jnp.int32)
     attending, attended = lax.scan(examine, attending, starts)
     return attending, jnp.moveaxis(attended, 0, -2).reshape(*shape[:2], keys)
+
+
+def _seen(
+    masking: Masking, structure: Structure, queries: int, keys: int
+) -> tuple[jax.Array, jax.Array]:
+    """Find which intervals of keys, one a query, and of queries, one a key, are not empty."""
+    row = jnp.arange(queries, dtype=jnp.int32)[None, None, :]
+    column = jnp.arange(keys, dtype=jnp.int32)[None, None, :]
+    last_query = masking.query_lengths[:, None, None] - 1
+    last_key = masking.key_lengths[:, None, None] - 1
+    left, right = queries + keys, queries + keys  # wider than everything
+    if structure.local_window_size is not None:
+        left, right = structure.local_window_size
+    if structure.is_causal:
+        right = 0
+    first_seen, last_seen = jnp.maximum(row - left, 0), jnp.minimum(row + right, last_key)
+    first_seer, last_seer = jnp.maximum(column - right, 0), jnp.minimum(column + left, last_query)
+    attending = (first_seen <= last_seen) & (row <= last_query)
+    attended = (first_seer <= last_seer) & (column <= last_key)
+    return attending, attended

@@ -1,4 +1,4 @@
-"""Symmetric INT8 quantization with one float32 scale per tile, and smoothing of the keys.
+"""Symmetric INT8 quantization with one float32 scale per tile, and smoothing of keys and values.
 
 The quantizer is psi of SageBwd (arXiv 2603.02170, Algorithm 1): `scale = max|x| / 127` over a tile
 and `codes = round(x / scale)`, to nearest, so codes lie in [-127, 127]. A product of two quantized
@@ -34,13 +34,17 @@ class Quantized(NamedTuple):
 def quantize(x: jax.Array, *, tile_axes: tuple[int, ...], enabled: bool = True) -> Quantized:
     """Quantize x with one scale per tile; a tile spans `tile_axes` and is one entry of the others.
 
-    An all-zero tile gets the smallest normal float32 as its scale and codes of zero, never 0/0.
+    An all-zero tile gets the smallest normal float32 as its scale and codes of zero, never 0/0. A
+    tile that holds NaN or infinity gets NaN as its scale: int8 codes cannot carry either, and a
+    training loop must see them.
     """
     x = x.astype(jnp.float32)
     if not enabled:
         return Quantized(x, jnp.ones_like(jnp.max(x, axis=tile_axes, keepdims=True)))
     largest = jnp.max(jnp.abs(x), axis=tile_axes, keepdims=True)
     scale = jnp.maximum(largest / INT8_MAX, jnp.finfo(jnp.float32).tiny)
+    finite = jnp.all(jnp.isfinite(x), axis=tile_axes, keepdims=True)
+    scale = jnp.where(finite, scale, jnp.nan)
     codes = jnp.clip(jnp.round(x / scale), -INT8_MAX, INT8_MAX).astype(jnp.int8)
     return Quantized(codes, scale)
 
@@ -71,23 +75,25 @@ def float_einsum(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
     )
 
 
-def smooth_keys(key: jax.Array, attended: jax.Array, *, token_axes: tuple[int, ...]):
-    """Subtract the mean over the attended tokens from the keys and zero all others.
+def subtract_mean(
+    x: jax.Array, attended: jax.Array, *, token_axes: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """Subtract the mean over the attended tokens and zero all others.
 
-    Subtracting one vector from every key shifts each row of the scores by a constant, which softmax
-    ignores, and removes the channel bias that would otherwise use up the range of int8
-    (SageBwd section 6; arXiv 2410.02367). Tokens nobody attends to neither enter the mean nor raise
-    a tile's maximum, whatever they hold (NaN in padding included).
+    Of keys: one vector less in every key shifts each row of the scores by a constant, which softmax
+    ignores, and the channel bias no longer uses up the range of int8 (SageBwd section 6; arXiv
+    2410.02367). Of values: the output is smaller by the mean, which is added back. Tokens nobody
+    attends to neither enter the mean nor raise a tile's maximum, whatever they hold (NaN included).
 
     Args:
-        key: (..., tokens, head_dim), any float dtype.
-        attended: bool, broadcastable to `key`, with head_dim of size one.
-        token_axes: the axes of `key` that hold tokens.
+        x: (..., tokens, head_dim), any float dtype.
+        attended: bool, broadcastable to `x`, with head_dim of size one.
+        token_axes: the axes of `x` that hold tokens.
 
     Returns:
-        The smoothed keys and their mean, both float32; the mean keeps `token_axes` at size one.
+        The smoothed tokens and their mean, both float32; the mean keeps `token_axes` at size one.
     """
-    key = jnp.where(attended, key.astype(jnp.float32), 0.0)
+    x = jnp.where(attended, x.astype(jnp.float32), 0.0)
     count = jnp.sum(attended.astype(jnp.float32), axis=token_axes, keepdims=True)
-    mean = jnp.sum(key, axis=token_axes, keepdims=True) / jnp.maximum(count, 1.0)
-    return jnp.where(attended, key - mean, 0.0), mean
+    mean = jnp.sum(x, axis=token_axes, keepdims=True) / jnp.maximum(count, 1.0)
+    return jnp.where(attended, x - mean, 0.0), mean

@@ -32,7 +32,7 @@ from kernels_pallas.sage_attention.quantize import (
     integer_einsum,
     quantize,
     quantize_probabilities,
-    smooth_keys,
+    subtract_mean,
 )
 
 # What a query that attends to nothing reports as its log-sum-exp: finite, as in jax.nn.
@@ -48,6 +48,7 @@ class Options:
         structure: causal mask and local window.
         block_q: queries in a tile; one scale for Q, dO, P and dS each.
         block_kv: keys in a tile; one scale for K, V, P and dS each.
+        smooth_values: subtract the mean value before quantization and add it to the output.
         quantize: False computes exact attention by the same path, to separate error sources.
     """
 
@@ -55,6 +56,7 @@ class Options:
     structure: Structure
     block_q: int = 64
     block_kv: int = 64
+    smooth_values: bool = False
     quantize: bool = True
 
 
@@ -64,9 +66,12 @@ class Residuals(NamedTuple):
     query: Quantized  # BKGIqD, scale BKGI11
     key: Quantized  # JBKsD, scale JBK11: tiles lead, to be scanned over
     key_mean: jax.Array  # BK1D, float32
-    value: jax.Array  # JBKsD, in the dtype of V
-    out: jax.Array  # BKGIqD, in the dtype of Q
-    logsumexp: jax.Array  # BKGIq1 float32, of scores with smoothed keys; +inf where nothing is seen
+    value: jax.Array  # JBKsD, in the dtype of V; smoothed if the options say so
+    out: jax.Array  # BKGIqD, in the dtype of Q; of the values above
+    # The log-sum-exp in two parts, both BKGIq1 float32, of scores with smoothed keys. Added up, the
+    # second would be rounded away where a bias such as -1e9 shifts a whole row.
+    largest: jax.Array  # +inf where nothing is seen
+    log_total: jax.Array
     bias: jax.Array | None
     masking: Masking
 
@@ -94,7 +99,7 @@ def forward(
         (batch, queries, heads) in float32, and what the backward pass needs.
     """
     layout = _Layout.of(options, query, key)
-    bias, masking = layout.pad_bias(bias), layout.pad_masking(masking)
+    bias, masking = layout.pad_pairs(bias), layout.pad_masking(masking)
     attending, attended = coverage(
         masking, options.structure, layout.padded_queries, layout.padded_keys, options.block_kv
     )
@@ -103,7 +108,11 @@ def forward(
 
     query = jnp.where(attending, layout.tile_queries(query), 0)
     value = jnp.where(attended, layout.tile_keys(value), 0)
-    smooth_key, key_mean = smooth_keys(layout.tile_keys(key), attended, token_axes=(0, 3))
+    value_mean = None
+    if options.smooth_values:
+        smooth_value, value_mean = subtract_mean(value, attended, token_axes=(0, 3))
+        value = smooth_value.astype(value.dtype)
+    smooth_key, key_mean = subtract_mean(layout.tile_keys(key), attended, token_axes=(0, 3))
     quantized_query = quantize(query, tile_axes=(4, 5), enabled=options.quantize)
     quantized_key = quantize(smooth_key, tile_axes=(3, 4), enabled=options.quantize)
     quantized_value = quantize(value, tile_axes=(3, 4), enabled=options.quantize)
@@ -132,21 +141,24 @@ def forward(
     (largest, total, out), _ = lax.scan(visit, start, tiles)
 
     empty = total == 0
-    out = (out / jnp.where(empty, 1.0, total)).astype(query.dtype)
-    logsumexp = largest + jnp.log(jnp.where(empty, 1.0, total))
-    raw_logsumexp = logsumexp + options.scale * _dot_mean(query, key_mean)
+    out = out / jnp.where(empty, 1.0, total)
+    log_total = jnp.log(jnp.where(empty, 1.0, total))
+    raw_logsumexp = largest + log_total + options.scale * _dot_mean(query, key_mean)
     residuals = Residuals(
         query=quantized_query,
         key=quantized_key,
         key_mean=key_mean,
         value=value,
-        out=out,
-        logsumexp=jnp.where(empty, jnp.inf, logsumexp),
+        out=out.astype(query.dtype),
+        largest=jnp.where(empty, jnp.inf, largest),
+        log_total=log_total,
         bias=bias,
         masking=masking,
     )
     raw_logsumexp = layout.join_rows(jnp.where(empty, EMPTY_LOGSUMEXP, raw_logsumexp))
-    return layout.join_rows(out), raw_logsumexp[..., 0], residuals
+    if value_mean is not None:
+        out += jnp.where(empty, 0.0, value_mean[0, :, :, None, None])
+    return layout.join_rows(out.astype(query.dtype)), raw_logsumexp[..., 0], residuals
 
 
 def backward(
@@ -174,7 +186,7 @@ def backward(
     query, key = shapes
     layout = _Layout.of(options, query, key)
     bias, masking = residuals.bias, residuals.masking
-    empty = jnp.isinf(residuals.logsumexp)
+    empty = jnp.isposinf(residuals.largest)
     d_out = jnp.where(empty, 0, layout.tile_queries(d_out))
     d_lse = jnp.where(empty, 0.0, layout.tile_queries(d_logsumexp[..., None]))
     out = residuals.out.astype(jnp.float32)
@@ -185,8 +197,8 @@ def backward(
     def visit(d_query, tile):
         start, key_tile, value_tile = tile
         s_BKGIqs = _scores(options, layout, residuals.query, key_tile, bias, masking, start)
-        # A probability is at most one; the bound holds whatever the compiler does to S and L.
-        p_BKGIqs = jnp.exp(jnp.minimum(s_BKGIqs - residuals.logsumexp, 0.0))
+        # The bound holds mathematically; it also has to where the compiler rounds S differently.
+        p_BKGIqs = jnp.exp(jnp.minimum(s_BKGIqs - residuals.largest, 0.0) - residuals.log_total)
         p8 = quantize(p_BKGIqs, tile_axes=(4, 5), enabled=options.quantize)
         d_value = jnp.sum(
             p8.scale
@@ -194,7 +206,7 @@ def backward(
             * integer_einsum("bkgiqs,bkgiqd->bkgisd", p8.codes, quantized_d_out.codes),
             axis=(2, 3),
         )
-        dp_BKGIqs = float_einsum("bkgiqd,bksd->bkgiqs", d_out, value_tile)
+        dp_BKGIqs = float_einsum("bkgiqd,bksd->bkgiqs", d_out.astype(value_tile.dtype), value_tile)
         ds_BKGIqs = p_BKGIqs * (dp_BKGIqs - delta)
         ds8 = quantize(ds_BKGIqs, tile_axes=(4, 5), enabled=options.quantize)
         key_scale = options.scale * key_tile.scale[:, :, None, None]
@@ -309,7 +321,7 @@ class _Layout:
         row_axes = (1, 1) if queries == 1 else (queries // self.block_q, self.block_q)
         return x.reshape(batch, *head_axes, *row_axes, keys)
 
-    def pad_bias(self, x):
+    def pad_pairs(self, x):
         """Pad the queries and keys of a mask or bias that are not broadcast."""
         if x is None:
             return None
@@ -318,7 +330,7 @@ class _Layout:
         return jnp.pad(x, ((0, 0), (0, 0), (0, rows), (0, columns)))
 
     def pad_masking(self, masking):
-        return masking._replace(mask=self.pad_bias(masking.mask))
+        return masking._replace(mask=self.pad_pairs(masking.mask))
 
     def reduce_to_bias(self, ds_BKGIqs, bias):
         """Sum the gradient of one tile of scores over the broadcast axes of the bias."""

@@ -1,6 +1,5 @@
 """The reference implementation, and what only it can show: exactness without quantization."""
 
-import functools
 import re
 
 import jax
@@ -10,7 +9,7 @@ import pytest
 
 from kernels_pallas import sage_attention
 from kernels_pallas.sage_attention import vjp
-from kernels_pallas.sage_attention.masking import Masking, Structure
+from kernels_pallas.sage_attention.masking import Masking, Structure, coverage
 from kernels_pallas.sage_attention.reference import Options
 from tests.conformance.attention import AttentionConformance, draw
 from tests.conformance.exact_attention import exact_attention, relative_l2
@@ -104,7 +103,14 @@ GOOD = jnp.zeros((2, 8, 4, 16))
         (ValueError, r"shape \(batch,\) = \(2,\)", {"key_value_seq_lengths": jnp.array([3])}),
         (TypeError, r"must hold integers", {"query_seq_lengths": jnp.array([1.0, 2.0])}),
         (ValueError, r"must not be negative, got \(3, -1\)", {"local_window_size": (3, -1)}),
+        (TypeError, r"\(left, right\) ints, got \(1\.7, 2\)", {"local_window_size": (1.7, 2)}),
+        (TypeError, r"an int or \(left, right\) ints, got \(1,\)", {"local_window_size": (1,)}),
+        (TypeError, r"an int or \(left, right\) ints, got True", {"local_window_size": True}),
+        (ValueError, r"float scalar, got float32 of shape \(16,\)", {"scale": jnp.ones((16,))}),
+        (ValueError, r"number or a float scalar, got 'a'", {"scale": "a"}),
         (ValueError, r"one of 'xla'.* got 'cudnn'", {"implementation": "cudnn"}),
+        (ValueError, r"one of 'xla'.* got \['xla'\]", {"implementation": ["xla"]}),
+        (NotImplementedError, r"own matrix products", {"qk_attn_weights_einsum": jnp.einsum}),
         (TypeError, r"unexpected keyword argument 'causal'", {"causal": True}),
         (NotImplementedError, r"no attention dropout, got dropout_rate=0.1", {"dropout_rate": 0.1}),
         (NotImplementedError, r"cannot sow", {"module": object()}),
@@ -119,10 +125,30 @@ def test_errors_name_what_was_given_and_what_is_allowed(error, message, argument
         sage_attention(**given)
 
 
-def test_lengths_of_traced_arrays_are_not_inspected():
-    attend = jax.jit(functools.partial(sage_attention, is_causal=True))
-    out = attend(GOOD, GOOD, GOOD, key_value_seq_lengths=jnp.array([3, 8]))
-    assert out.shape == GOOD.shape
+def test_numpy_lengths_are_checked_inside_jit():
+    attend = jax.jit(lambda x: sage_attention(x, x, x, query_seq_lengths=np.array([3, 9])))
+    with pytest.raises(ValueError, match=r"\[0, 8\], got \[3, 9\]"):
+        attend(GOOD)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("window", [None, (0, 0), (3, 5), (10**12, 2)])
+def test_coverage_by_formula_is_coverage_by_inspection(is_causal, window):
+    """Without a mask there is a formula; with one that allows everything, pairs are examined."""
+    window = window and tuple(min(side, 200) for side in window)
+    structure = Structure(is_causal, window)
+    lengths = (jnp.array([30, 0, 17], jnp.int32), jnp.array([20, 40, 3], jnp.int32))
+    everything = jnp.ones((1, 1, 1, 1), bool)
+    by_formula = coverage(Masking(None, *lengths), structure, 30, 40, 8)
+    by_inspection = coverage(Masking(everything, *lengths), structure, 30, 40, 8)
+    for formula, inspection in zip(by_formula, by_inspection, strict=True):
+        np.testing.assert_array_equal(jnp.broadcast_to(formula, inspection.shape), inspection)
+
+
+def test_windows_wider_than_any_integer():
+    x = draw(3, queries=20)[0]
+    wide = sage_attention(x, x, x, local_window_size=(2**40, 2**40))
+    np.testing.assert_array_equal(wide, sage_attention(x, x, x))
 
 
 @pytest.mark.parametrize("spec", [jax.P("data"), jax.P(None, None, "data")], ids=["batch", "heads"])
