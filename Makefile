@@ -4,20 +4,21 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= auto
 
-.PHONY: help setup demo test test-gpu lint format goldens notebooks clean
+.PHONY: help setup demo test lint format goldens notebooks clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 setup: $(READY)  ## make .venv and install jaxgen with everything for development
 
-$(READY): pyproject.toml scripts/find_python.sh
+$(READY): pyproject.toml constraints.txt scripts/find_python.sh
 	@if ! $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then \
 		python=$$(scripts/find_python.sh) || exit 1; \
 		echo "Setting up $(VENV) with $$($$python --version) (once; a minute or two)"; \
 		$$python -m venv --clear $(VENV) || exit 1; \
 	fi
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints.txt -e ".[dev]"
 	@touch $(READY)
 
 demo: setup  ## draw a grid of emoji with the shipped models, then train for a minute
@@ -25,9 +26,6 @@ demo: setup  ## draw a grid of emoji with the shipped models, then train for a m
 
 test: setup  ## run the tests (CPU)
 	@$(BIN)/python -m pytest -n $(WORKERS) tests
-
-test-gpu: setup  ## run the tests that need an H100 or H200
-	@$(BIN)/python -m pytest -m gpu tests
 
 lint: setup  ## ruff and pyright
 	@$(BIN)/ruff check .
@@ -44,5 +42,5 @@ goldens:  ## rewrite tests/goldens with diffusers (needs Python 3.11 for torch's
 notebooks: setup  ## execute the notebooks and keep their pictures
 	@$(BIN)/jupytext --sync --execute notebooks/*.py
 
-clean:  ## remove .venv and everything generated
-	@rm -rf $(VENV) .goldens-venv .pytest_cache .ruff_cache .hypothesis demo_output runs
+clean:  ## remove .venv and caches; runs and pictures stay
+	@rm -rf $(VENV) .goldens-venv .pytest_cache .ruff_cache .hypothesis .jaxgen_cache

@@ -20,6 +20,8 @@ from typing import Self
 import numpy as np
 from jaxtyping import Int32
 
+from jaxgen.checkpoints.files import write_atomically
+
 PADDING_ID = 0
 UNKNOWN_ID = 1
 _FIRST_WORD_ID = 2
@@ -174,7 +176,7 @@ class WordTokenizer:
             "vocabulary": list(self.vocabulary),
         }
         text = json.dumps(content, ensure_ascii=False, indent=0) + "\n"
-        Path(path).write_text(text, encoding="utf-8")
+        write_atomically(path, [text.encode()])
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

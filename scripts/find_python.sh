@@ -19,7 +19,8 @@ for candidate in python3.12 python3.13 python3.14 python3 python; do
     fi
 done
 if command -v uv >/dev/null 2>&1; then
-    uv python install 3.12 >&2 && uv python find 3.12 && exit 0
+    found=$(uv python find --system '>=3.12' 2>/dev/null) && usable "$found" && echo "$found" && exit 0
+    uv python install 3.12 >&2 && uv python find --managed-python 3.12 && exit 0
 fi
 found=$(python3 --version 2>/dev/null || echo "none")
 cat >&2 <<MESSAGE

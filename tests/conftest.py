@@ -1,6 +1,12 @@
 """Strict settings for every test: four fake devices, no implicit promotion, warnings are errors."""
 
+import os
+from pathlib import Path
+
 import jax
+
+# Rasterized emoji stay between test runs, and the home folder is left alone.
+os.environ.setdefault("JAXGEN_CACHE", str(Path(__file__).parent.parent / ".jaxgen_cache"))
 
 
 def pytest_configure(config):

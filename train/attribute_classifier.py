@@ -139,7 +139,7 @@ def train(
     }
     scorer = AttributeScorer(skeleton.join(state.ema), names, card)
     everything = accuracy_on(scorer, emojis, np.arange(len(emojis)))
-    return dataclasses.replace(scorer, card=card | {"accuracy": everything})
+    return dataclasses.replace(scorer, card=card | {"accuracy_on_training_pictures": everything})
 
 
 def accuracy_on(
@@ -163,13 +163,14 @@ def main() -> None:
     if config.subset == "people":
         emojis = emojis.select(emojis.composed)
     scorer = train(config, emojis)
+    scorer.save(config.output)
     held_out = np.flatnonzero(emojis.held_out)
     if config.check_unseen and held_out.size:
         judge = train(config, emojis.train)
         unseen = {"held_out_unseen": accuracy_on(judge, emojis, held_out)}
         scorer = dataclasses.replace(scorer, card=dict(scorer.card) | unseen)
-    scorer.save(config.output)
-    for name in ("accuracy", "held_out_unseen"):
+        scorer.save(config.output)
+    for name in ("accuracy_on_training_pictures", "held_out_unseen"):
         print(name, scorer.card.get(name), file=sys.stderr)
     print(f"saved {config.output}", file=sys.stderr)
 

@@ -1,5 +1,6 @@
 """Checkpoints of a training run: Orbax for arrays, JSON for the rest. Nothing is unpickled."""
 
+import itertools
 import logging
 import warnings
 from pathlib import Path
@@ -71,11 +72,12 @@ class Checkpoints:
         for step in reversed(self.steps()):
             try:
                 restored = self._restore(step, abstract_state)
-                self._set_aside_after(step)
-                return restored
             except Exception as error:  # Orbax and TensorStore raise many types
                 failures.append(f"{self.folder / str(step)}: {_first_line(error)}")
                 warnings.warn(f"cannot read checkpoint {failures[-1]}", stacklevel=2)
+                continue
+            self._set_aside_after(step)
+            return restored
         if failures:
             raise RuntimeError("no readable checkpoint:\n  " + "\n  ".join(failures))
         return None
@@ -88,13 +90,16 @@ class Checkpoints:
         return type(abstract_state)(**restored["state"]), restored["extra"]
 
     def _set_aside_after(self, step: int) -> None:
-        """Rename every checkpoint later than `step` to `<step>.unreadable`."""
+        """Rename every checkpoint later than `step` to `<step>.unreadable`, or a free name."""
         later = [name for name in self.steps() if name > step]
         if not later:
             return
         self._manager.close()
         for name in later:
-            (self.folder / str(name)).rename(self.folder / f"{name}.unreadable")
+            names = itertools.chain([""], map("-{}".format, itertools.count(2)))
+            places = (self.folder / f"{name}.unreadable{number}" for number in names)
+            free = next(place for place in places if not place.exists())
+            (self.folder / str(name)).rename(free)
         self._manager = self._open()
 
     def wait(self) -> None:

@@ -23,6 +23,7 @@ from train import openmoji
 from train.metrics import Row
 from train.text_to_image import train
 from train.text_to_image_config import Config as TrainConfig
+from train.text_to_image_parts import load_pictures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +139,8 @@ def train_from_scratch(config: Config, folder: Path) -> tuple[list[Row], Path]:
         sample_steps=12,
     )
     result = train(settings)
+    if result.stopped not in ("finished", "time limit"):
+        raise SystemExit(f"the demo was interrupted ({result.stopped})")
     return result.rows, max((folder / "run" / "samples").glob("*.png"))
 
 
@@ -164,7 +167,7 @@ that no picture in training showed.</p>
 <p><img src="grid.png" alt="grid of captions and models"></p>
 <h2>Training from scratch with INT8 attention</h2>
 <p>{rows[-1]["step"]} steps in {config.train_seconds:.0f} seconds, compilation included. The loss
-fell from {rows[0]["loss"]:.3f} to {rows[-1]["loss"]:.3f}.</p>
+went from {_show(rows[0]["loss"])} to {_show(rows[-1]["loss"])}.</p>
 <p><img src="loss.png" alt="loss over steps"></p>
 <p>What this model draws so far:</p>
 <p><img src="after_a_minute.png" alt="samples"></p>
@@ -174,6 +177,11 @@ fell from {rows[0]["loss"]:.3f} to {rows[-1]["loss"]:.3f}.</p>
     path = config.output / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def _show(loss: float | None) -> str:
+    """A loss in three digits; a row whose steps were all skipped has none."""
+    return "none" if loss is None else f"{loss:.3f}"
 
 
 def run(config: Config) -> Path:
@@ -195,6 +203,9 @@ def run(config: Config) -> Path:
     print(f"jaxgen demo on {jax.devices()[0].device_kind}. Everything goes to {config.output}/.")
     config.output.mkdir(parents=True, exist_ok=True)
     emojis = openmoji.load(64)
+    load_pictures(
+        TrainConfig(model=config.train_model)
+    )  # drawn before the clock of training starts
     rows = choose_rows(emojis, config.captions)
     captions = [emojis.captions[row] for row in rows]
 
@@ -215,7 +226,7 @@ def run(config: Config) -> Path:
         history, samples = train_from_scratch(config, Path(temporary))
         shutil.copy(samples, config.output / "after_a_minute.png")
     plot_losses(history, config.output / "loss.png")
-    print(f"   loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f}")
+    print(f"   loss {_show(history[0]['loss'])} -> {_show(history[-1]['loss'])}")
     report = write_report(config, drawn, history)
     print(f"Done. Open {report} in a browser.")
     return report

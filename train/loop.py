@@ -84,8 +84,8 @@ def run(
         The last state, and why training stopped.
 
     Raises:
-        FloatingPointError: Too many updates in a row were not finite. The newest checkpoint is
-            from before that.
+        FloatingPointError: Too many updates in a row were not finite. They left the parameters as
+            they were, also in a checkpoint that was saved among them.
     """
     done = int(state.step)
     in_flight: deque[tuple[int, Metrics]] = deque()

@@ -129,13 +129,23 @@ class Meter:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Return the rows of a metrics file; a last line cut off by a crash is left out."""
+    """Return the rows of a metrics file; a last line cut off by a crash is left out.
+
+    Raises:
+        ValueError: Another line is no row; the message names it.
+    """
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    lines = path.read_text().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
-            break
+            row = None
+            if number == len(lines):
+                break
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise ValueError(f"{path}, line {number}: not a row of metrics: {line[:60]!r}")
+        rows.append(row)
     return rows
 
 

@@ -16,7 +16,8 @@ class ConfigChangedError(ValueError):
 def claim(config: Config) -> Path:
     """Make the run's folder, or check that the run in it had the same configuration.
 
-    Options in `MAY_CHANGE` may differ; the file then holds the new ones.
+    Options in `MAY_CHANGE` may differ; the file then holds the new ones. A run that never made a
+    step binds nobody.
 
     Returns:
         The folder.
@@ -24,7 +25,7 @@ def claim(config: Config) -> Path:
     Raises:
         ConfigChangedError: An option that decides the updates differs; the message lists old and
             new values.
-        ValueError: `config.json` is no JSON object.
+        ValueError: `config.json` is no JSON object, or is missing beside metrics or checkpoints.
     """
     folder, path = config.output, config.output / "config.json"
     folder.mkdir(parents=True, exist_ok=True)
@@ -37,7 +38,7 @@ def claim(config: Config) -> Path:
         differing = [
             name
             for name in sorted(old.keys() | new.keys())
-            if name not in MAY_CHANGE and old.get(name) != new.get(name)
+            if _made_steps(folder) and name not in MAY_CHANGE and old.get(name) != new.get(name)
         ]
         if differing:
             lines = [
@@ -49,8 +50,19 @@ def claim(config: Config) -> Path:
                 + "\n".join(lines)
                 + "\nrepeat its options to resume it, or choose another --output"
             )
+    elif _made_steps(folder):
+        raise ValueError(
+            f"{folder} holds metrics or checkpoints but no config.json, so it is not a run of this "
+            "script; choose another --output"
+        )
     write_atomically(path, [(json.dumps(new, indent=2) + "\n").encode()])
     return folder
+
+
+def _made_steps(folder: Path) -> bool:
+    """Whether there is anything in the folder that a new run could damage."""
+    metrics, checkpoints = folder / "metrics.jsonl", folder / "checkpoints"
+    return any(checkpoints.glob("[0-9]*")) or (metrics.is_file() and metrics.stat().st_size > 0)
 
 
 def to_json(config: Config) -> dict[str, Any]:

@@ -70,9 +70,11 @@ class AttributeScorer:
         return cls(classifier, {name: tuple(names[name]) for name in ATTRIBUTES}, card)
 
     def save(self, folder: Path) -> None:
-        """Write weights (as they are), configuration, class names and card."""
+        """Write weights (as bfloat16), configuration, class names and card."""
         folder.mkdir(parents=True, exist_ok=True)
-        arrays = {key: array.astype(jnp.bfloat16) for key, array in self._arrays().items()}
+        arrays = {
+            key: array.astype(jnp.bfloat16) for key, array in export_flat(self.classifier).items()
+        }
         save_safetensors(folder / "model.safetensors", arrays)
         config = dataclasses.replace(
             self.classifier.config, dtype=jnp.float32, param_dtype=jnp.float32
@@ -100,9 +102,6 @@ class AttributeScorer:
         ]
         ids = {name: np.concatenate([np.asarray(p[0][name]) for p in parts]) for name in ATTRIBUTES}
         return ids, np.concatenate([np.asarray(part[1]) for part in parts])
-
-    def _arrays(self) -> dict[str, np.ndarray]:
-        return export_flat(self.classifier)
 
 
 def attribute_accuracy(

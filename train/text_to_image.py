@@ -82,10 +82,14 @@ def train(
         ValueError: The batch does not fit the devices or the data, the data do not fit the model,
             or the folder holds a run with another configuration; the message is then a diff.
         FloatingPointError: `config.skips_in_a_row` updates in a row were not finite.
+        NotImplementedError: JAX was started with several processes.
     """
     started = time.monotonic()
-    writing = jax.process_index() == 0
-    say = _printer(show_progress and writing)
+    say = _printer(show_progress)
+    if jax.process_count() > 1:
+        raise NotImplementedError(f"training runs in one process, got {jax.process_count()}")
+    if config.devices > jax.device_count():
+        raise ValueError(f"there are {jax.device_count()} devices, got devices={config.devices}")
     mesh = make_mesh(config.fsdp, jax.devices()[: config.devices or None])
     if config.batch_size % mesh.size:
         raise ValueError(
@@ -106,8 +110,6 @@ def train(
         batch_size=config.batch_size,
         seed=config.seed,
         caption_dropout=config.caption_dropout,
-        shard_index=jax.process_index(),
-        shard_count=jax.process_count(),
     )
     folder = run_folder.claim(config)
 
@@ -163,17 +165,13 @@ def train(
             return TextToImage(models.transformer, models.text_encoder, tokenizer, card)
 
         def draw(step: int, state: TrainState) -> None:
-            pipeline = pipeline_of(state)
-            if writing:
-                (folder / "samples").mkdir(exist_ok=True)
-                captions = config.sample_captions or choose_captions(emojis)
-                grid = draw_grid(pipeline, captions, config)
-                grid.save(folder / "samples" / f"{step:07d}.png")
+            (folder / "samples").mkdir(exist_ok=True)
+            captions = config.sample_captions or choose_captions(emojis)
+            grid = draw_grid(pipeline_of(state), captions, config)
+            grid.save(folder / "samples" / f"{step:07d}.png")
 
-        writers: list[Writer] = []
-        if writing:
-            writers.append(JsonLines(folder / "metrics.jsonl", first_step))
-        if writing and config.tensorboard:
+        writers: list[Writer] = [JsonLines(folder / "metrics.jsonl", first_step)]
+        if config.tensorboard:
             writers.append(TensorBoard(folder / "tensorboard", first_step))
         parameters = sum(array.size for array in shapes.params.values())
         say(
@@ -200,16 +198,18 @@ def train(
                     hooks=[loop.Hook(config.sample_every, draw)],
                     extra=lambda: {"seconds": seconds()},
                     on_row=on_row,
-                    show_progress=show_progress and writing,
+                    show_progress=show_progress,
                 )
         finally:
             for writer in writers:
                 writer.close()
 
         pipeline = pipeline_of(state)
-        if stopped in ("finished", "time limit") and writing:
-            pipeline.save_pretrained(folder / "export", dtype=jnp.bfloat16)
-            say(f"exported {folder / 'export'}")
+        export = folder / "export"
+        made_steps = int(state.step) > first_step  # a finished run keeps what was added to its card
+        if stopped in ("finished", "time limit") and (made_steps or not export.exists()):
+            pipeline.save_pretrained(export, dtype=jnp.bfloat16)
+            say(f"exported {export}")
         say(f"stopped ({stopped}) at step {int(state.step)} after {seconds():.0f} s")
     rows = read_rows(folder / "metrics.jsonl")
     return Result(folder, int(state.step), stopped, rows, pipeline, state)
@@ -222,22 +222,27 @@ def _printer(show: bool) -> Callable[[str], Any]:
     return lambda message: None
 
 
-def main() -> None:
-    """Parse the command line and train.
+def run_command(config: Config) -> None:
+    """Train as a command: the exit code tells how it ended.
 
-    The exit code is 0 when finished or out of time, 128 + the signal's number after a signal.
+    0 when finished or out of time, 128 + the signal's number after a signal.
     """
+    try:
+        result = train(config)
+    except run_folder.ConfigChangedError as error:
+        raise SystemExit(str(error)) from None
+    if result.stopped in ("SIGINT", "SIGTERM"):
+        raise SystemExit(128 + signal.Signals[result.stopped])
+
+
+def main() -> None:
+    """Parse the command line and train."""
     try:
         import tyro
     except ImportError as error:
         raise ImportError('the command line needs tyro: pip install "jaxgen[train]"') from error
 
-    try:
-        result = train(tyro.cli(Config, prog="python -m train.text_to_image"))
-    except run_folder.ConfigChangedError as error:
-        raise SystemExit(str(error)) from None
-    if result.stopped in ("SIGINT", "SIGTERM"):
-        raise SystemExit(128 + signal.Signals[result.stopped])
+    run_command(tyro.cli(Config, prog="python -m train.text_to_image"))
 
 
 if __name__ == "__main__":

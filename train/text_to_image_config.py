@@ -1,6 +1,7 @@
 """The options of `python -m train.text_to_image`, one frozen dataclass."""
 
 import dataclasses
+import math
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,7 @@ class Config:
     learning_rate: float = 5e-4
     """Peak learning rate of AdamW."""
     warmup_steps: int = 500
-    """Steps of linear warm-up from 0."""
+    """Steps of linear warm-up."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """After the warm-up: a cosine to 0, or constant and then linear to 0."""
     decay_steps: int = 0
@@ -134,6 +135,18 @@ class Config:
             value = getattr(self, name)
             if value is not None and not value >= smallest:
                 raise ValueError(f"{name} must be at least {smallest}, got {name}={value}")
+        for name in _FINITE:
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be finite, got {name}={getattr(self, name)}")
+        for name in ("gradient_clip", "sigma_std", "sigma_shift"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {name}={getattr(self, name)}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), got betas={self.betas}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and (isinstance(value, bool) or not isinstance(value, int)):
+                raise ValueError(f"{field.name} must be an int, got {field.name}={value!r}")
         for name in ("caption_dropout", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {name}={getattr(self, name)}")
@@ -179,6 +192,15 @@ class Config:
         return shlex.join(words)
 
 
+_FINITE = (
+    "learning_rate",
+    "weight_decay",
+    "gradient_clip",
+    "sigma_mean",
+    "sigma_std",
+    "sigma_shift",
+    "guidance_scale",
+)
 _CHOICES = {
     "attention": ("exact", "int8"),
     "precision": ("float32", "bfloat16"),

@@ -116,3 +116,20 @@ def test_another_model_is_not_restored(tmp_path, mesh):
 def test_refuses_to_keep_nothing(tmp_path):
     with pytest.raises(ValueError, match="at least 1 checkpoint must be kept, got 0"):
         Checkpoints(tmp_path, keep=0)
+
+
+def test_a_step_that_was_damaged_before_can_be_damaged_again(tmp_path, mesh):
+    state, shapes = make_state(1.5, mesh)
+    for _ in range(2):
+        with Checkpoints(tmp_path) as checkpoints:
+            for step in (1, 2):
+                if step not in checkpoints.steps():
+                    checkpoints.save(step, state, {"step": step})
+        damage(tmp_path / "2")
+        with Checkpoints(tmp_path) as checkpoints:
+            with pytest.warns(UserWarning, match="cannot read checkpoint"):
+                restored = checkpoints.restore(shapes)
+            assert restored is not None
+            assert restored[1] == {"step": 1}
+            assert checkpoints.steps() == [1]
+    assert {"2.unreadable", "2.unreadable-2"} <= {path.name for path in tmp_path.iterdir()}

@@ -110,3 +110,13 @@ def test_tensorboard_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(ImportError, match=r"pip install \"jaxgen\[train\]\""):
         TensorBoard(tmp_path)
+
+
+@pytest.mark.parametrize("line", ["not JSON", "[1, 2]", '{"loss": 1.0}'])
+def test_a_file_of_something_else_is_refused(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    content = line + '\n{"step": 2}\n'
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1: not a row of metrics"):
+        JsonLines(path)
+    assert path.read_text() == content

@@ -136,7 +136,7 @@ def test_classifier_learns_what_it_sees(emojis):
     config = attribute_classifier.Config(steps=60, batch_size=8, learning_rate=3e-3)
     small = dataclasses.replace(emojis, concept_names=("a", "b", "c"))
     scorer = attribute_classifier.train(config, small, show_progress=False)
-    assert scorer.card["accuracy"]["concept"] >= 0.75
+    assert scorer.card["accuracy_on_training_pictures"]["concept"] >= 0.75
     assert scorer.card["pictures"] == 4
 
 
@@ -150,7 +150,17 @@ def test_rows_of_the_evaluation(tmp_path):
     assert not emojis.held_out[groups["all_train"]].any()
 
 
+def test_a_classifier_of_other_classes_is_refused(emojis):
+    scorer = make_scorer(emojis)
+    evaluate.check_classes(scorer, emojis)
+    other = dataclasses.replace(emojis, concept_names=("a", "b", "z"))
+    with pytest.raises(
+        ValueError, match="3 classes of concept, the data has 3; they differ in 'c'"
+    ):
+        evaluate.check_classes(scorer, other)
+
+
 @pytest.mark.parametrize("field", ["samples", "steps", "batch_size"])
 def test_evaluation_settings_are_checked(field, tmp_path):
-    with pytest.raises(ValueError, match=f"{field} must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=f"{field} must be at least [12], got 0"):
         evaluate.Config(model=tmp_path, **{field: 0})

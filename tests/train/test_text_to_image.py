@@ -16,7 +16,7 @@ from PIL import Image
 from jaxgen.models.mmdit import MMDIT_PRESETS
 from jaxgen.pipelines import TextToImage
 from train import openmoji, text_to_image, text_to_image_parts
-from train.run_folder import ConfigChangedError
+from train.run_folder import ConfigChangedError, claim
 from train.text_to_image import train
 from train.text_to_image_config import Config
 from train.text_to_image_parts import choose_captions, load_pictures
@@ -221,12 +221,9 @@ def test_pictures_are_averaged_down_to_the_model(monkeypatch):
 
 def test_sample_captions_come_from_both_parts():
     captions = choose_captions(make_emojis(), count=4)
-    assert (
-        captions
-        == ("red top", "green top", "blue right", "gray right", "blue left")[:1] + captions[1:]
-    )
+    assert captions[0] == "red top"
     assert captions[-1] == "blue left"
-    assert len(captions) == 5
+    assert len(set(captions)) == 5
 
 
 def test_command_line_round_trip():
@@ -296,6 +293,12 @@ def test_learning_rate_schedules(schedule):
             {"learning_rate": float("nan")},
             "learning_rate must be at least 0, got learning_rate=nan",
         ),
+        ({"learning_rate": float("inf")}, "learning_rate must be finite, got learning_rate=inf"),
+        ({"gradient_clip": -1.0}, "gradient_clip must be positive, got gradient_clip=-1.0"),
+        ({"sigma_std": 0.0}, "sigma_std must be positive, got sigma_std=0.0"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must be finite, got guidance_scale=nan"),
+        ({"betas": (0.9, 2.0)}, r"betas must be two numbers in \[0, 1\), got betas=\(0.9, 2.0\)"),
+        ({"batch_size": 1.5}, "batch_size must be an int, got batch_size=1.5"),
         ({"caption_dropout": 1.5}, "caption_dropout must be from 0 to 1, got caption_dropout=1.5"),
         ({"ema_decay": -0.1}, "ema_decay must be from 0 to 1, got ema_decay=-0.1"),
         ({"steps": 100}, "got warmup_steps=500, decay_steps=0, steps=100"),
@@ -308,3 +311,33 @@ def test_learning_rate_schedules(schedule):
 def test_refuses_configurations(changes, message):
     with pytest.raises(ValueError, match=message):
         Config(**changes)
+
+
+def test_more_devices_than_there_are(tmp_path):
+    with pytest.raises(ValueError, match="there are 4 devices, got devices=8"):
+        run(tmp_path, devices=8)
+
+
+def test_a_run_that_never_made_a_step_binds_nobody(tmp_path):
+    folder = claim(config(tmp_path / "run", seed=1))
+    claim(config(folder, seed=2))
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(ConfigChangedError, match="seed: 2 before, 3 now"):
+        claim(config(folder, seed=3))
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("mine\n")
+    with pytest.raises(ValueError, match=r"but no config\.json, so it is not a run"):
+        run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_running_a_finished_run_again_keeps_what_was_added_to_its_card(straight):
+    path = straight.folder / "export" / "card.json"
+    before = path.read_text()
+    path.write_text(json.dumps(json.loads(before) | {"evaluation": 1}))
+    again = run(straight.folder, sample_every=STEPS)
+    assert again.step == STEPS
+    assert json.loads(path.read_text())["evaluation"] == 1
+    path.write_text(before)

@@ -7,7 +7,7 @@ Outcome    not run yet
 
 from pathlib import Path
 
-from train.text_to_image import train
+from train.text_to_image import run_command
 from train.text_to_image_config import Config
 
 CONFIG = Config(
@@ -22,4 +22,4 @@ CONFIG = Config(
 )
 
 if __name__ == "__main__":
-    train(CONFIG)
+    run_command(CONFIG)
