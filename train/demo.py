@@ -91,19 +91,20 @@ def draw(name: str, folder: Path, captions: list[str], steps: int) -> Drawn:
 
 
 def labelled_grid(emojis: openmoji.Emojis, rows: list[int], drawn: list[Drawn]) -> Image.Image:
-    """Lay out one row of pictures a caption: the real emoji, then what each model drew."""
+    """Lay out one column a caption: the real emoji, then what each model drew."""
     size = drawn[0].pictures.shape[2]
-    pictures, captions = [], []
-    for place, row in enumerate(rows):
-        real = Image.fromarray(emojis.images[row]).resize((size, size), Image.Resampling.BOX)
-        pictures += [
-            np.asarray(real),
-            *(one.pictures[seed, place] for one in drawn for seed in (0, 1)),
-        ]
-        kind = "never trained on" if emojis.held_out[row] else "trained on"
-        captions += [emojis.captions[row], *[kind] * (2 * len(drawn))]
-    headings = ["OpenMoji", *(f"{one.name}, seed {seed}" for one in drawn for seed in (0, 1))]
-    return image_grid(np.stack(pictures), captions, headings=headings, picture_size=112)
+    real = [Image.fromarray(emojis.images[row]).resize((size, size), Image.Resampling.BOX)
+            for row in rows]  # fmt: skip
+    lines = {"OpenMoji": np.stack([np.asarray(picture) for picture in real])}
+    for one in drawn:
+        lines |= {f"{one.name}, seed {seed}": one.pictures[seed] for seed in (0, 1)}
+    headings = [
+        emojis.captions[row] + (" (never trained on)" if emojis.held_out[row] else "")
+        for row in rows
+    ]
+    captions = [label for label in lines for _ in rows]
+    pictures = np.concatenate(list(lines.values()))
+    return image_grid(pictures, captions, headings=headings, picture_size=112)
 
 
 def plot_losses(rows: list[Row], path: Path) -> None:
@@ -160,7 +161,7 @@ img {{ max-width: 100% }} td, th {{ padding: 0.2rem 1rem 0.2rem 0; text-align: l
 <h1>jaxgen demo</h1>
 <h2>Captions in, pictures out</h2>
 <p>First the real emoji, then what each model drew from the caption alone, with two seeds
-({config.steps} Euler steps, guidance 4). The lower half are combinations of concept and skin tone
+({config.steps} Euler steps, guidance 4). The right half are combinations of concept and skin tone
 that no picture in training showed.</p>
 <table><tr><th>model<th>parameters<th>compilation<th>time a picture</tr>{models}</table>
 <p>On {html.escape(jax.devices()[0].device_kind)}.</p>

@@ -1,0 +1,27 @@
+"""The shipped `openmoji-large`: people at 32 pixels, for machines without a GPU.
+
+Command    python -m train.configs.people_32_large
+Hardware   two cores of an x86-64 server, which other jobs shared at times
+Outcome    final loss 0.0261 after 60 minutes; attribute accuracy 97.8 % on training combinations, 93.0 % on
+           held-out ones (608 pictures each, weights/openmoji-large/card.json)
+"""
+
+from pathlib import Path
+
+from train.text_to_image import run_command
+from train.text_to_image_config import Config
+
+CONFIG = Config(
+    output=Path("runs/people-32/large"),
+    model="openmoji-32",
+    subset="people",
+    precision="float32",
+    batch_size=64,
+    steps=9000,
+    warmup_steps=300,
+    learning_rate=1e-3,
+    sample_every=1000,
+)
+
+if __name__ == "__main__":
+    run_command(CONFIG)
