@@ -40,7 +40,7 @@ goldens:  ## rewrite tests/goldens with diffusers (needs Python 3.11 for torch's
 	@goldens/make.sh
 
 notebooks: setup  ## execute the notebooks and keep their pictures
-	@$(BIN)/jupytext --sync --execute notebooks/*.py
+	@$(BIN)/python scripts/execute_notebooks.py
 
 clean:  ## remove .venv and caches; runs and pictures stay
 	@rm -rf $(VENV) .goldens-venv .pytest_cache .ruff_cache .hypothesis .jaxgen_cache
