@@ -1,7 +1,10 @@
 """Does INT8 attention change training? The same run twice, with exact and with INT8 attention.
 
 Command    python -m train.configs.int8_against_exact --help
-Outcome    not run yet at these settings, which are meant for a GPU
+Outcome    at 32 pixels on two CPU cores, with the options --model openmoji-32-small --subset people
+           --precision float32 --batch-size 64 --learning-rate 1e-3: mean loss of the last 200 of
+           2,000 steps 0.2624 exact, 0.2638 INT8, 0.55 % apart; 5 and 6 minutes.
+           Not run yet at the settings below, which are meant for a GPU.
 """
 
 import dataclasses
