@@ -3,7 +3,8 @@
 Command    python -m train.configs.int8_against_exact --help
 Outcome    at 32 pixels on two CPU cores, with the options --model openmoji-32-small --subset people
            --precision float32 --batch-size 64 --learning-rate 1e-3: mean loss of the last 200 of
-           2,000 steps 0.2624 exact, 0.2638 INT8, 0.55 % apart; 5 and 6 minutes.
+           2,000 steps 0.2624 exact, 0.2638 INT8, 0.55 % apart; one seed. It took 312 and 365 s
+           while other jobs ran, which is no measure of speed.
            Not run yet at the settings below, which are meant for a GPU.
 """
 
