@@ -56,7 +56,7 @@ def sage_attention(
     SageBwd (arXiv 2603.02170): six of the seven matrix products of attention's forward and backward
     run in INT8 with one scale per tile; keys are smoothed by subtracting their mean, which softmax
     cannot see. On N(0, 1) inputs the output has a relative error (L2) of about 0.02, the gradients
-    of about 0.05, at any length.
+    of at most about 0.05, which is reached at a thousand tokens and does not grow from there.
 
     Signature and semantics are those of `jax.nn.dot_product_attention`, with these differences:
     a query that may attend to nothing gets zeros (there, the mean of all values); the residual is
