@@ -48,13 +48,13 @@ WEIGHTS = ROOT / "weights" / "openmoji-large"
 model = jg.TextToImage.from_pretrained(WEIGHTS)
 captions = [
     "woman firefighter dark skin tone",
-    "man farmer light skin tone",
-    "astronaut medium skin tone",
-    "woman cook medium dark skin tone",
-    "man singer medium light skin tone",
-    "person with beard dark skin tone",
-    "woman health worker light skin tone",
+    "fox",
     "man detective medium skin tone",
+    "rocket",
+    "person with beard dark skin tone",
+    "volcano",
+    "woman health worker light skin tone",
+    "cat with wry smile",
 ]
 for attempt in ("with compilation", "again"):
     start = time.perf_counter()
@@ -161,7 +161,7 @@ jg.image_grid(exact_and_int8, [*captions[:4], *["INT8 attention"] * 4], columns=
 # %% [markdown]
 # ## Train
 #
-# The training script is a function, too. Here a small model at 32 pixels learns people, with INT8
+# The training script is a function, too. Here a smaller model learns people at 32 pixels, with INT8
 # attention forward and backward, for as long as `time_limit` says.
 
 # %%
@@ -197,7 +197,7 @@ plt.grid(alpha=0.3)
 
 # %%
 jg.image_grid(
-    result.pipeline(captions[:4], steps=STEPS, guidance_scale=2.0), captions[:4], columns=4
+    result.pipeline(captions[::2], steps=STEPS, guidance_scale=2.0), captions[::2], columns=4
 )
 
 # %%

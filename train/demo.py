@@ -34,8 +34,8 @@ class Config:
     """Folder that gets the pictures and the report."""
     weights: Path = Path("weights")
     """Folder of the shipped models."""
-    captions: int = 8
-    """Captions of the grid; half of them are held-out combinations."""
+    captions: int = 9
+    """Captions of the grid; the last third are held-out combinations."""
     steps: int = 20
     """Euler steps a picture."""
     train_seconds: float = 75.0
@@ -44,8 +44,8 @@ class Config:
     """Preset that is trained."""
 
     def __post_init__(self):
-        if self.captions < 2:
-            raise ValueError(f"captions must be at least 2, got {self.captions}")
+        if self.captions < 3:
+            raise ValueError(f"captions must be at least 3, got {self.captions}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,13 +60,13 @@ class Drawn:
 
 
 def choose_rows(emojis: openmoji.Emojis, count: int) -> list[int]:
-    """Return evenly spaced composed emoji, the first half trained on, the second half held out."""
+    """Return evenly spaced emoji: things and people that were trained on, and held-out people."""
+    trained, people = ~emojis.held_out, emojis.composed
+    groups = (trained & ~people, trained & people, emojis.held_out)
     chosen: list[int] = []
-    for mask, number in (
-        (emojis.composed & ~emojis.held_out, count - count // 2),
-        (emojis.held_out, count // 2),
-    ):
-        rows = np.flatnonzero(mask)
+    for index, group in enumerate(groups):
+        number = (count + 2 - index) // 3
+        rows = np.flatnonzero(group)
         chosen += rows[(np.linspace(0.06, 0.94, number) * (len(rows) - 1)).astype(int)].tolist()
     return chosen
 
@@ -161,8 +161,8 @@ img {{ max-width: 100% }} td, th {{ padding: 0.2rem 1rem 0.2rem 0; text-align: l
 <h1>jaxgen demo</h1>
 <h2>Captions in, pictures out</h2>
 <p>First the real emoji, then what each model drew from the caption alone, with two seeds
-({config.steps} Euler steps, guidance 4). The right half are combinations of concept and skin tone
-that no picture in training showed.</p>
+({config.steps} Euler steps, guidance 4). The last third are combinations of concept and skin
+tone that no picture in training showed.</p>
 <table><tr><th>model<th>parameters<th>compilation<th>time a picture</tr>{models}</table>
 <p>On {html.escape(jax.devices()[0].device_kind)}.</p>
 <p><img src="grid.png" alt="grid of captions and models"></p>

@@ -7,7 +7,7 @@ import pytest
 
 from jaxgen.pipelines import TextToImage
 from train import run_folder
-from train.configs import int8_against_exact, people_32_large, people_32_small
+from train.configs import int8_against_exact, openmoji_large, openmoji_small
 from train.text_to_image_config import Config
 
 WEIGHTS = Path(__file__).parent.parent.parent / "weights"
@@ -15,7 +15,7 @@ WEIGHTS = Path(__file__).parent.parent.parent / "weights"
 
 @pytest.mark.parametrize(
     ("name", "config"),
-    [("large", people_32_large.CONFIG), ("small", people_32_small.CONFIG)],
+    [("large", openmoji_large.CONFIG), ("small", openmoji_small.CONFIG)],
     ids=["large", "small"],
 )
 def test_shipped_models_have_the_settings_of_their_experiment(name, config):

@@ -34,7 +34,7 @@ def test_demo_writes_pictures_and_a_report(few_emojis, tmp_path, capsys):
     config = demo.Config(
         output=tmp_path / "output",
         weights=tmp_path / "weights",
-        captions=2,
+        captions=3,
         steps=1,
         train_seconds=15.0,
         train_model="tiny",
@@ -52,15 +52,21 @@ def test_demo_writes_pictures_and_a_report(few_emojis, tmp_path, capsys):
     assert "small: " in printed
 
 
-def test_rows_are_half_trained_on_and_half_held_out(few_emojis):
-    rows = demo.choose_rows(few_emojis, 6)
-    assert [bool(few_emojis.held_out[row]) for row in rows] == [False] * 3 + [True] * 3
-    assert few_emojis.composed[rows].all()
-    assert len(set(rows)) == 6
+@pytest.mark.parametrize(("count", "groups"), [(6, (2, 2, 2)), (8, (3, 3, 2)), (3, (1, 1, 1))])
+def test_rows_are_things_then_people_then_held_out_people(few_emojis, count, groups):
+    rows = demo.choose_rows(few_emojis, count)
+    things, people, unseen = groups
+    assert [bool(few_emojis.held_out[row]) for row in rows] == [False] * (things + people) + [
+        True
+    ] * unseen
+    assert [bool(few_emojis.composed[row]) for row in rows] == [False] * things + [True] * (
+        people + unseen
+    )
+    assert len(set(rows)) == count
 
 
 def test_a_folder_without_models_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no model \(openmoji-large, openmoji-small"):
         demo.run(demo.Config(weights=tmp_path))
-    with pytest.raises(ValueError, match="captions must be at least 2, got 1"):
-        demo.Config(captions=1)
+    with pytest.raises(ValueError, match="captions must be at least 3, got 2"):
+        demo.Config(captions=2)

@@ -1,11 +1,11 @@
 """Does INT8 attention change training? The same run twice, with exact and with INT8 attention.
 
 Command    python -m train.configs.int8_against_exact --help
-Outcome    at 32 pixels on two CPU cores, with the options --model openmoji-32-small --subset people
-           --precision float32 --batch-size 64 --learning-rate 1e-3: mean loss of the last 200 of
-           2,000 steps 0.2624 exact, 0.2638 INT8, 0.55 % apart; one seed. It took 312 and 365 s
-           while other jobs ran, which is no measure of speed.
-           Not run yet at the settings below, which are meant for a GPU.
+Outcome    on one H100 (80 GB, jax 0.11.2), as below: mean loss of the last 200 of 2,000 steps
+           0.1839 exact, 0.1855 INT8, 0.87 % apart; one seed.
+           At 32 pixels on two CPU cores, with the options --model openmoji-32-small --subset people
+           --precision float32 --batch-size 64 --learning-rate 1e-3: 0.2624 exact, 0.2638 INT8,
+           0.55 % apart; one seed. Other jobs ran beside both: no measure of speed.
 """
 
 import dataclasses
