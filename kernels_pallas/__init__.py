@@ -3,6 +3,7 @@
 Importable on its own: it needs JAX and nothing else of jaxgen.
 """
 
+from kernels_pallas.sage_attention import explain as explain
 from kernels_pallas.sage_attention import sage_attention as sage_attention
 
-__all__ = ["sage_attention"]
+__all__ = ["explain", "sage_attention"]

@@ -3,6 +3,10 @@
 import os
 from pathlib import Path
 
+# The kernels' interpreter calls Python from every simulated thread; with as many threads as two
+# cores give, XLA's pool can run out of them. XLA reads this when it is loaded.
+os.environ.setdefault("NPROC", "16")
+
 import jax
 
 # Rasterized emoji stay between test runs, and the home folder is left alone.

@@ -1,8 +1,10 @@
 """The public function: check the arguments, bring them into one form, choose an implementation."""
 
+import dataclasses
+import inspect
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,28 +12,124 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from kernels_pallas.sage_attention import vjp
+from kernels_pallas.mosaic import interpreting
+from kernels_pallas.sage_attention import reference, vjp
 from kernels_pallas.sage_attention.masking import Masking, Structure
-from kernels_pallas.sage_attention.reference import Options
+from kernels_pallas.sage_attention.tiling import Tiling
 
-type Implementation = Literal["xla"]
+type Implementation = Literal["mosaic_gpu", "xla"]
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
-def _xla(query, key, value, bias, masking, structure, scale, smooth_values):
-    options = Options(
-        scale=scale,
-        structure=structure,
-        smooth_values=smooth_values,
-        block_q=min(64, query.shape[1]),
-        block_kv=min(64, key.shape[1]),
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """A call of `sage_attention` with its arguments in one form.
+
+    Attributes:
+        query: (batch, queries, heads, head_dim).
+        key: (batch, keys, kv_heads, head_dim).
+        value: shape of `key`.
+        bias: None or four axes, each of full size or of size one.
+        masking: the traced half of the mask.
+        structure: the static half.
+        scale: factor on the scores.
+        smooth_values: as given.
+        return_residual: as given.
+        has_lengths: whether lengths of the queries, and of the keys, were given.
+    """
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    bias: jax.Array | None
+    masking: Masking
+    structure: Structure
+    scale: float
+    smooth_values: bool
+    return_residual: bool
+    has_lengths: tuple[bool, bool]
+
+
+def _xla(call: _Call):
+    options = reference.Options(
+        scale=call.scale,
+        structure=call.structure,
+        smooth_values=call.smooth_values,
+        tiling=Tiling.for_lengths(call.query.shape[1], call.key.shape[1]),
     )
-    return vjp.attention(options, query, key, value, bias, masking)
+    arrays = call.query, call.key, call.value, call.bias, call.masking
+    return vjp.attention(reference, options, *arrays)
+
+
+def _mosaic_gpu(call: _Call):
+    from kernels_pallas.sage_attention import mosaic_gpu
+
+    options = mosaic_gpu.Options(
+        scale=call.scale,
+        structure=call.structure,
+        smooth_values=call.smooth_values,
+        ragged_queries=call.has_lengths[0],
+        ragged_keys=call.has_lengths[1],
+        return_logsumexp=call.return_residual,
+        block_kv=mosaic_gpu.choose_block_kv(call.key.shape[1]),
+        interpret=interpreting(),
+    )
+    arrays = call.query, call.key, call.value, None, call.masking
+    return vjp.attention(mosaic_gpu, options, *arrays)
+
+
+def _unsupported_mosaic_gpu(call: _Call) -> str | None:
+    from kernels_pallas.sage_attention import mosaic_gpu
+
+    return mosaic_gpu.unsupported(
+        call.query.shape[-1],
+        has_bias=call.bias is not None,
+        has_mask=call.masking.mask is not None,
+        device=None if interpreting() else _device(call.query),
+    )
+
+
+def _device(array: jax.Array) -> Any:
+    """Where a call runs: with its operands, or where JAX puts what is traced."""
+    if not isinstance(array, Tracer) and isinstance(array, jax.Array):
+        return min(array.devices(), key=lambda device: device.id)
+    default = jax.config.jax_default_device
+    if isinstance(default, jax.Device):
+        return default
+    return jax.local_devices(backend=default)[0]
+
+
+class _Implementation(NamedTuple):
+    """How to run a call, and why it cannot be run so (None if it can)."""
+
+    run: Callable[[_Call], tuple[jax.Array, jax.Array | None]]
+    unsupported: Callable[[_Call], str | None]
 
 
 # In order of preference for `implementation=None`.
-_IMPLEMENTATIONS: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {"xla": _xla}
+_IMPLEMENTATIONS = {
+    "mosaic_gpu": _Implementation(_mosaic_gpu, _unsupported_mosaic_gpu),
+    "xla": _Implementation(_xla, lambda call: None),
+}
+
+
+def _choose(call: _Call, implementation: str | None) -> tuple[str, dict[str, str]]:
+    """Returns the implementation that runs a call, and why those before it do not."""
+    if implementation is None:
+        candidates = list(_IMPLEMENTATIONS)
+    elif isinstance(implementation, str) and implementation in _IMPLEMENTATIONS:
+        candidates = [implementation]
+    else:
+        allowed = ", ".join(map(repr, _IMPLEMENTATIONS))
+        raise ValueError(f"implementation must be None or one of {allowed}, got {implementation!r}")
+    reasons: dict[str, str] = {}
+    for name in candidates:
+        reason = _IMPLEMENTATIONS[name].unsupported(call)
+        if reason is None:
+            return name, reasons
+        reasons[name] = reason
+    raise NotImplementedError(f"implementation={implementation!r} cannot run this: {reason}")
 
 
 def sage_attention(
@@ -55,8 +153,9 @@ def sage_attention(
 
     SageBwd (arXiv 2603.02170): six of the seven matrix products of attention's forward and backward
     run in INT8 with one scale per tile; keys are smoothed by subtracting their mean, which softmax
-    cannot see. On N(0, 1) inputs the output has a relative error (L2) of about 0.02, the gradients
-    of at most about 0.05, which is reached at a thousand tokens and does not grow from there.
+    cannot see. On N(0, 1) inputs output and gradients have a relative error (L2) of about 0.02 at
+    any length: in the backward pass each row or column of a tile of P and dS has a scale of its own
+    where the paper's Algorithm 2 has one for the tile, which halves the error of the gradients.
 
     Signature and semantics are those of `jax.nn.dot_product_attention`, with these differences:
     a query that may attend to nothing gets zeros (there, the mean of all values); the residual is
@@ -78,7 +177,9 @@ def sage_attention(
         query_seq_lengths: int (batch,); queries beyond it are padding and give zeros.
         key_value_seq_lengths: int (batch,); keys beyond it are padding and are not attended to.
         local_window_size: (left, right), or one int for both: query t sees keys t-left … t+right.
-        implementation: "xla" runs on every device. None picks the first that supports the call.
+        implementation: "mosaic_gpu" runs on Hopper GPUs, without bias and mask and with a head_dim
+            up to 128; "xla" runs on every device. None picks the first that supports the call,
+            which `explain` tells.
         return_residual: also return the log-sum-exp of the scores, float32 (batch, queries, heads).
         smooth_values: quantize the values less their mean over the tokens, which is added to the
             output. Not in the paper. Use it where channels of the values have means far above
@@ -93,8 +194,96 @@ def sage_attention(
     Raises:
         ValueError: shapes, lengths, windows or the implementation are not among those allowed.
         TypeError: a dtype or a keyword is not among those allowed.
-        NotImplementedError: dropout or sown attention weights were asked for through Flax.
+        NotImplementedError: the implementation asked for does not support the call, or dropout or
+            sown attention weights were asked for through Flax.
     """
+    call, batch_shape = _canonical(
+        query,
+        key,
+        value,
+        bias,
+        mask,
+        scale=scale,
+        is_causal=is_causal,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        local_window_size=local_window_size,
+        return_residual=return_residual,
+        smooth_values=smooth_values,
+        flax_options=flax_options,
+    )
+    chosen, _ = _choose(call, implementation)
+    out, logsumexp = _IMPLEMENTATIONS[chosen].run(call)
+    out = out.astype(call.value.dtype).reshape(*batch_shape, *out.shape[1:])
+    if return_residual:
+        assert logsumexp is not None
+        return out, logsumexp.reshape(*batch_shape, *logsumexp.shape[1:])
+    return out
+
+
+def explain(
+    query: Any,
+    key: Any,
+    value: Any,
+    bias: Any = None,
+    mask: Any = None,
+    *,
+    implementation: Implementation | None = None,
+    **options: Any,
+) -> str:
+    """Says which implementation a call of `sage_attention` takes, and why not a preferred one.
+
+    Args:
+        query: as for `sage_attention`; a shape and dtype (`jax.ShapeDtypeStruct`) suffice.
+        key: likewise.
+        value: likewise.
+        bias: likewise.
+        mask: likewise.
+        implementation: as for `sage_attention`.
+        **options: the other arguments of `sage_attention`.
+
+    Returns:
+        One line, such as "sage_attention runs as 'xla', not as 'mosaic_gpu': it needs …".
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: what the call would raise.
+    """
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(_canonical).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and name != "flax_options"
+    }
+    flax_options = {name: options[name] for name in options if name not in defaults}
+    known = {name: options[name] for name in options if name in defaults}
+    found: list[tuple[str, dict[str, str]]] = []
+
+    def choose(*arrays):
+        call, _ = _canonical(*arrays, **known, flax_options=flax_options)
+        found.append(_choose(call, implementation))
+
+    jax.eval_shape(choose, query, key, value, bias, mask)
+    ((chosen, reasons),) = found
+    refusals = [f", not as {name!r}: {reason}" for name, reason in reasons.items()]
+    return f"sage_attention runs as {chosen!r}" + "".join(refusals)
+
+
+def _canonical(
+    query,
+    key,
+    value,
+    bias=None,
+    mask=None,
+    *,
+    scale=None,
+    is_causal=False,
+    query_seq_lengths=None,
+    key_value_seq_lengths=None,
+    local_window_size=None,
+    return_residual=False,
+    smooth_values=False,
+    flax_options,
+) -> tuple[_Call, tuple[int, ...]]:
+    """Checks the arguments and brings them into one form; also returns the batch axes."""
     if flax_options:
         mask, query, key, value = _accept_flax(flax_options, mask, query, key, value)
     query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
@@ -120,22 +309,22 @@ def sage_attention(
     )
     structure = Structure(bool(is_causal), _check_window(local_window_size, queries + keys))
     scale = _check_scale(scale, head_dim)
-    dtype = query.dtype
     if isinstance(scale, jax.Array):
         query = query.astype(jnp.float32) * scale.astype(jnp.float32)
         scale = 1.0
-
-    chosen = next(iter(_IMPLEMENTATIONS)) if implementation is None else implementation
-    if not isinstance(chosen, str) or chosen not in _IMPLEMENTATIONS:
-        allowed = ", ".join(map(repr, _IMPLEMENTATIONS))
-        raise ValueError(f"implementation must be None or one of {allowed}, got {chosen!r}")
-    out, logsumexp = _IMPLEMENTATIONS[chosen](
-        query, key, value, bias, masking, structure, scale, bool(smooth_values)
+    call = _Call(
+        query,
+        key,
+        value,
+        bias,
+        masking,
+        structure,
+        scale,
+        bool(smooth_values),
+        bool(return_residual),
+        (query_seq_lengths is not None, key_value_seq_lengths is not None),
     )
-    out = out.astype(dtype).reshape(*batch_shape, queries, heads, head_dim)
-    if return_residual:
-        return out, logsumexp.reshape(*batch_shape, queries, heads)
-    return out
+    return call, batch_shape
 
 
 def _check_operands(query, key, value):

@@ -4,8 +4,10 @@ Forward and backward of SageBwd (arXiv 2603.02170, Algorithms 1 and 2; their mis
 factors are put right here). Of the seven matrix products in attention training six run in INT8;
 only dP = dO·Vᵀ keeps the precision of its inputs, because its error is not averaged away.
 
-The arrays are cut into tiles of `block_q` queries and `block_kv` keys. Tiles of keys are visited
-one after another, so memory grows with queries x block_kv, never with queries x keys. Two runs give
+The arrays are cut into tiles as `Tiling` says, which also says what shares a scale. Of P and dS the
+backward pass quantizes, by default, each row where rows leave the product and each column where
+columns do; the paper's Algorithm 2 has one scale for the tile. Tiles of keys are visited one after
+another, so memory grows with queries x block_kv, never with queries x keys. Two runs give
 the same bits.
 
 Shape suffixes: B batch, K key/value heads, G query heads per key/value head, I tiles of queries,
@@ -13,7 +15,7 @@ q queries of a tile, J tiles of keys, s keys of a tile, D head_dim.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +36,7 @@ from kernels_pallas.sage_attention.quantize import (
     quantize_probabilities,
     subtract_mean,
 )
+from kernels_pallas.sage_attention.tiling import Tiling
 
 # What a query that attends to nothing reports as its log-sum-exp: finite, as in jax.nn.
 EMPTY_LOGSUMEXP = -0.7 * float(jnp.finfo(jnp.float32).max)
@@ -46,18 +49,28 @@ class Options:
     Attributes:
         scale: factor on the scores, usually 1/sqrt(head_dim).
         structure: causal mask and local window.
-        block_q: queries in a tile; one scale for Q, dO, P and dS each.
-        block_kv: keys in a tile; one scale for K, V, P and dS each.
+        tiling: what shares a scale.
+        product_dtype: of the operands of dP = dO·Vᵀ; None is that of the inputs.
         smooth_values: subtract the mean value before quantization and add it to the output.
         quantize: False computes exact attention by the same path, to separate error sources.
     """
 
     scale: float
     structure: Structure
-    block_q: int = 64
-    block_kv: int = 64
+    tiling: Tiling = dataclasses.field(default_factory=Tiling)
+    product_dtype: Any = None
     smooth_values: bool = False
     quantize: bool = True
+
+    @property
+    def block_q(self) -> int:
+        """Queries in a tile."""
+        return self.tiling.block_q
+
+    @property
+    def block_kv(self) -> int:
+        """Keys in a tile of the forward pass."""
+        return self.tiling.block_kv
 
 
 class Residuals(NamedTuple):
@@ -108,10 +121,9 @@ def forward(
 
     query = jnp.where(attending, layout.tile_queries(query), 0)
     value = jnp.where(attended, layout.tile_keys(value), 0)
-    value_mean = None
+    value_mean, product_dtype = None, options.product_dtype or value.dtype
     if options.smooth_values:
-        smooth_value, value_mean = subtract_mean(value, attended, token_axes=(0, 3))
-        value = smooth_value.astype(value.dtype)
+        value, value_mean = subtract_mean(value, attended, token_axes=(0, 3))
     smooth_key, key_mean = subtract_mean(layout.tile_keys(key), attended, token_axes=(0, 3))
     quantized_query = quantize(query, tile_axes=(4, 5), enabled=options.quantize)
     quantized_key = quantize(smooth_key, tile_axes=(3, 4), enabled=options.quantize)
@@ -120,7 +132,9 @@ def forward(
     def visit(carry, tile):
         largest, total, out = carry
         start, key_tile, value_tile = tile
-        s_BKGIqs = _scores(options, layout, quantized_query, key_tile, bias, masking, start)
+        s_BKGIqs = _scores(
+            options, layout, quantized_query, key_tile, bias, masking, start, options.block_kv
+        )
         tile_largest = jnp.max(s_BKGIqs, axis=-1, keepdims=True)
         new_largest = jnp.maximum(largest, tile_largest)
         # Relative to the largest score of its own row in this tile, P needs no search for its
@@ -148,7 +162,7 @@ def forward(
         query=quantized_query,
         key=quantized_key,
         key_mean=key_mean,
-        value=value,
+        value=value.astype(product_dtype),
         out=out.astype(query.dtype),
         largest=jnp.where(empty, jnp.inf, largest),
         log_total=log_total,
@@ -194,38 +208,42 @@ def backward(
     quantized_d_out = quantize(d_out, tile_axes=(4, 5), enabled=options.quantize)
     query_scale = options.scale * residuals.query.scale
 
+    # Axes 4 and 5 of a tile of P or dS are its queries and its keys.
+    block, per_tile = options.tiling.gradient_block_kv, options.tiling.gradient_scales == "tile"
+    over_queries = over_keys = (4, 5)
+    if not per_tile:
+        over_queries, over_keys = (4,), (5,)
+
+    def sum_over_queries(x_BKGIqs, codes, scale):
+        x8 = quantize(x_BKGIqs, tile_axes=over_queries, enabled=options.quantize)
+        product = integer_einsum("bkgiqs,bkgiqd->bkgisd", x8.codes, codes)
+        return jnp.sum(jnp.swapaxes(x8.scale, 4, 5) * scale * product, axis=(2, 3))
+
     def visit(d_query, tile):
         start, key_tile, value_tile = tile
-        s_BKGIqs = _scores(options, layout, residuals.query, key_tile, bias, masking, start)
+        s_BKGIqs = _scores(options, layout, residuals.query, key_tile, bias, masking, start, block)
         # The bound holds mathematically; it also has to where the compiler rounds S differently.
         p_BKGIqs = jnp.exp(jnp.minimum(s_BKGIqs - residuals.largest, 0.0) - residuals.log_total)
-        p8 = quantize(p_BKGIqs, tile_axes=(4, 5), enabled=options.quantize)
-        d_value = jnp.sum(
-            p8.scale
-            * quantized_d_out.scale
-            * integer_einsum("bkgiqs,bkgiqd->bkgisd", p8.codes, quantized_d_out.codes),
-            axis=(2, 3),
-        )
+        d_value = sum_over_queries(p_BKGIqs, quantized_d_out.codes, quantized_d_out.scale)
         dp_BKGIqs = float_einsum("bkgiqd,bksd->bkgiqs", d_out.astype(value_tile.dtype), value_tile)
         ds_BKGIqs = p_BKGIqs * (dp_BKGIqs - delta)
-        ds8 = quantize(ds_BKGIqs, tile_axes=(4, 5), enabled=options.quantize)
+        ds8 = quantize(ds_BKGIqs, tile_axes=over_keys, enabled=options.quantize)
         key_scale = options.scale * key_tile.scale[:, :, None, None]
         d_query += (ds8.scale * key_scale) * integer_einsum(
             "bkgiqs,bksd->bkgiqd", ds8.codes, key_tile.codes
         )
-        d_key = jnp.sum(
-            ds8.scale
-            * query_scale
-            * integer_einsum("bkgiqs,bkgiqd->bkgisd", ds8.codes, residuals.query.codes),
-            axis=(2, 3),
-        )
+        d_key = sum_over_queries(ds_BKGIqs, residuals.query.codes, query_scale)
         d_bias = None if bias is None else layout.reduce_to_bias(ds_BKGIqs, bias)
         return d_query, (d_key, d_value, d_bias)
 
     # The log-sum-exp of unsmoothed keys is that of smoothed ones plus scale · q · mean(K).
     d_query = options.scale * d_lse * residuals.key_mean[0, :, :, None, None]
     d_query = jnp.broadcast_to(d_query, d_out.shape)
-    tiles = (layout.key_starts, residuals.key, residuals.value)
+    tiles = (
+        jnp.arange(0, layout.padded_keys, block, dtype=jnp.int32),
+        jax.tree.map(lambda x: _split_tiles(x, options.block_kv // block), residuals.key),
+        _split_tiles(residuals.value, options.block_kv // block),
+    )
     d_query, (d_key, d_value, d_bias) = lax.scan(visit, d_query, tiles)
     return (
         layout.join_rows(d_query).astype(query.dtype),
@@ -235,14 +253,25 @@ def backward(
     )
 
 
-def _scores(options, layout, query, key_tile, bias, masking, start):
+def _split_tiles(x, parts):
+    """Cut every tile of JBKsD into parts; a scale (s of size one) is repeated."""
+    if parts == 1:
+        return x
+    if x.shape[3] == 1:
+        return jnp.repeat(x, parts, axis=0)
+    tiles, batch, heads, block, dim = x.shape
+    x = x.reshape(tiles, batch, heads, parts, block // parts, dim)
+    return jnp.moveaxis(x, 3, 1).reshape(tiles * parts, batch, heads, block // parts, dim)
+
+
+def _scores(options, layout, query, key_tile, bias, masking, start, block):
     """Scaled and masked scores of all queries against one tile of smoothed keys, float32."""
     product = integer_einsum("bkgiqd,bksd->bkgiqs", query.codes, key_tile.codes)
     scores = (options.scale * query.scale * key_tile.scale[:, :, None, None]) * product
     if bias is not None:
-        bias_tile = tile_of_keys(bias, start, options.block_kv)
+        bias_tile = tile_of_keys(bias, start, block)
         scores += layout.split_rows(bias_tile.astype(jnp.float32))
-    allowed = visible(masking, options.structure, start, layout.padded_queries, options.block_kv)
+    allowed = visible(masking, options.structure, start, layout.padded_queries, block)
     return jnp.where(layout.split_rows(allowed), scores, -jnp.inf)
 
 

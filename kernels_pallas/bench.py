@@ -1,0 +1,197 @@
+"""Time the kernels on your device: `python -m kernels_pallas.bench --help`.
+
+Prints forward, and forward with backward, in milliseconds and TOPS, beside exact attention in
+bfloat16 (cuDNN on a GPU) in the same process, with everything that a call does: smoothing,
+quantization, transposes. Operations are counted 4 * batch * heads * queries * keys * head_dim
+forward, half of it with a causal mask, and 2.5 times that for the backward pass.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import explain, sage_attention
+
+OPERATIONS = ("sage_attention",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """One line of the table."""
+
+    batch: int
+    tokens: int
+    heads: int
+    head_dim: int
+    causal: bool
+
+    def operations(self, name: str) -> float:
+        """Multiplications and additions of a pass."""
+        forward = 4.0 * self.batch * self.heads * self.tokens**2 * self.head_dim
+        forward *= 0.5 if self.causal else 1.0
+        return forward * {"forward": 1.0, "forward_backward": 3.5}[name]
+
+
+def milliseconds(function: Callable[..., Any], *arguments: Any, runs: int) -> float:
+    """Median time of a call, over three groups of `runs` calls after one that compiles."""
+    jax.block_until_ready(function(*arguments))
+    groups = []
+    for _ in range(3):
+        started = time.perf_counter()
+        for _ in range(runs):
+            result = function(*arguments)
+        jax.block_until_ready(result)
+        groups.append((time.perf_counter() - started) / runs)
+    return 1e3 * statistics.median(groups)
+
+
+def passes(attend: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """The compiled programs that are timed."""
+
+    def forward_backward(query, key, value, d_out):
+        out, pullback = jax.vjp(attend, query, key, value)
+        return out, pullback(d_out)
+
+    return {
+        "forward": jax.jit(lambda query, key, value, d_out: attend(query, key, value)),
+        "forward_backward": jax.jit(forward_backward),
+    }
+
+
+def measure(shape: Shape, implementation: Any, runs: int) -> list[dict[str, Any]]:
+    """Times one shape and returns a record for each pass."""
+    size = (shape.batch, shape.tokens, shape.heads, shape.head_dim)
+    keys = jax.random.split(jax.random.key(0), 4)
+    # Drawn in float32: drawn in bfloat16, normals take few values and round too well.
+    inputs = [jax.random.normal(key, size).astype(jnp.bfloat16) for key in keys]
+    on_gpu = jax.devices()[0].platform == "gpu"
+    exact = functools.partial(
+        jax.nn.dot_product_attention,
+        is_causal=shape.causal,
+        implementation="cudnn" if on_gpu else "xla",
+    )
+    ours = functools.partial(sage_attention, is_causal=shape.causal, implementation=implementation)
+    records = []
+    for (name, mine), theirs in zip(passes(ours).items(), passes(exact).values(), strict=True):
+        ms, exact_ms = (milliseconds(f, *inputs, runs=runs) for f in (mine, theirs))
+        records.append(
+            {
+                "op": "sage_attention",
+                "pass": name,
+                **dataclasses.asdict(shape),
+                "ms": round(ms, 3),
+                "cudnn_ms" if on_gpu else "exact_ms": round(exact_ms, 3),
+                "ratio": round(exact_ms / ms, 3),
+                "tops": float(f"{shape.operations(name) / ms / 1e9:.4g}"),
+                "device": jax.devices()[0].device_kind,
+                "jax": jax.__version__,
+                "commit": _commit(),
+                "date": datetime.date.today().isoformat(),
+            }
+        )
+    return records
+
+
+def _commit() -> str | None:
+    """The commit of the code that runs, if it is a checkout."""
+    folder = Path(__file__).parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or None
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """The records as lines of text."""
+    lines = [
+        f"{'shape':>22} {'mask':>7} {'pass':>17} {'ms':>9} {'exact':>9} {'ratio':>6} {'TOPS':>7}"
+    ]
+    for record in records:
+        shape = ", ".join(str(record[name]) for name in ("batch", "tokens", "heads", "head_dim"))
+        exact = record.get("cudnn_ms", record.get("exact_ms"))
+        lines.append(
+            f"{shape:>22} {'causal' if record['causal'] else 'full':>7} {record['pass']:>17} "
+            f"{record['ms']:9.3f} {exact:9.3f} {record['ratio']:6.2f} {record['tops']:7.1f}"
+        )
+    return "\n".join(lines)
+
+
+def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draws TOPS over the number of tokens, a panel for each pass."""
+    import matplotlib.figure
+
+    names = list(dict.fromkeys(record["pass"] for record in records))
+    figure = matplotlib.figure.Figure(figsize=(5 * len(names), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(names), squeeze=False)[0]
+    for name, axes in zip(names, panels, strict=True):
+        lines: dict[tuple[int, bool], list[dict[str, Any]]] = {}
+        for record in records:
+            if record["pass"] == name:
+                lines.setdefault((record["head_dim"], record["causal"]), []).append(record)
+        for (head_dim, causal), line in lines.items():
+            tokens = [record["tokens"] for record in line]
+            label = f"head_dim {head_dim}, {'causal' if causal else 'full'}"
+            (drawn,) = axes.plot(tokens, [r["tops"] for r in line], marker="o", label=label)
+            exact = [r["tops"] / r["ratio"] for r in line]
+            axes.plot(tokens, exact, marker="o", linestyle=":", color=drawn.get_color())
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel="tokens", ylabel="TOPS", title=name.replace("_", " + "))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small", title="dotted: exact")
+    figure.savefig(path, dpi=120)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line, measure, print, and write what was asked for."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kernels_pallas.bench",
+        description="Time INT8 attention beside exact bfloat16 attention on this device.",
+    )
+    add = functools.partial(parser.add_argument, metavar="N")
+    parser.add_argument("op", choices=OPERATIONS, help="what to time")
+    add("--batch", type=int, default=1, help="sequences")
+    add("--heads", type=int, default=16, help="heads")
+    add("--tokens", type=int, nargs="+", default=[4096, 16384, 32768], help="lengths")
+    add("--head-dim", type=int, nargs="+", default=[64, 128], help="sizes of a head")
+    add("--runs", type=int, default=10, help="calls in each of three groups; their median counts")
+    parser.add_argument(
+        "--mask", choices=("full", "causal", "both"), default="both", help="which masks"
+    )
+    parser.add_argument("--implementation", help="mosaic_gpu or xla; default: the first that works")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records here")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw TOPS over tokens as PNG")
+    options = parser.parse_args(arguments)
+    if min(options.batch, options.heads, options.runs, *options.tokens, *options.head_dim) < 1:
+        parser.error("batch, heads, runs, tokens and head-dim must be at least 1")
+
+    masks = {"full": [False], "causal": [True], "both": [False, True]}[options.mask]
+    size = (options.batch, options.tokens[0], options.heads, options.head_dim[0])
+    array = jax.ShapeDtypeStruct(size, jnp.bfloat16)
+    print(explain(array, array, array, implementation=options.implementation), file=sys.stderr)
+    records = []
+    for head_dim in options.head_dim:
+        for causal in masks:
+            for tokens in options.tokens:
+                shape = Shape(options.batch, tokens, options.heads, head_dim, causal)
+                records += measure(shape, options.implementation, options.runs)
+                print(table(records[-2:]).split("\n", 1)[1], file=sys.stderr)
+    print(table(records))
+    if options.json:
+        options.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    if options.plot:
+        plot(records, options.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""The forward kernel for Hopper: softmax(Q·Kᵀ)·V with both products in INT8.
+
+A block of threads owns 128 queries of one head. Two warpgroups of 64 queries compute, a third one
+keeps copies of keys and values in flight. The two take turns on the tensor cores, so that one
+multiplies while the other exponentiates. Algorithm 1 of SageBwd (arXiv 2603.02170), with P scaled
+by the largest entry of its own row in the tile.
+"""
+
+# Pallas' decorators are typed more narrowly than they work.
+# pyright: reportCallIssue=false
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas.mosaic.products import (
+    MAGIC,
+    ROW,
+    WGMMA,
+    Sum,
+    accumulate,
+    full,
+    pack_int8,
+    rows,
+    tile,
+)
+from kernels_pallas.sage_attention.problem import (
+    COMPILER_PARAMS,
+    COMPUTE_WARPGROUPS,
+    ROWS,
+    Problem,
+)
+
+_LOG2_E = math.log2(math.e)
+# Less than every sum of products plus MAGIC: what masked scores become.
+_LOWEST = MAGIC - 2.0**22
+# The logarithm of the weight of a row that has seen no key.
+EMPTY_MAXIMUM = -1e30
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardTiles:
+    """Shared memory of the kernel.
+
+    Attributes:
+        block_kv: keys in a tile, which share one scale.
+        stages: tiles of keys and values in flight.
+    """
+
+    block_kv: int = 256
+    stages: int = 2
+
+
+def forward(
+    problem: Problem,
+    tiles: ForwardTiles,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    scales: tuple[jax.Array, jax.Array, jax.Array],
+    lengths: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Runs the kernel.
+
+    Args:
+        problem: what is computed.
+        tiles: how.
+        query: int8 (batch, heads, queries, head_dim), queries padded to a multiple of 128.
+        key: int8 (batch, kv_heads, keys, head_dim), keys padded to a multiple of `block_kv`.
+        value: int8 (batch, kv_heads, head_dim, keys), permuted along the keys.
+        scales: of query (batch, heads, queries / 64), key and value (batch, kv_heads, tiles).
+        lengths: int32 (batch,) queries that attend to something, keys that are attended to.
+
+    Returns:
+        Output, `problem.query_shape`; for each row (batch, heads, padded queries) the
+        largest score and the sum of exp2(score - largest), float32, in units of log 2. Rows of
+        the last two beyond the queries' length hold anything.
+    """
+    block_q, block_kv, stages = ROWS, tiles.block_kv, tiles.stages
+    head_dim, interpret = problem.head_dim, problem.interpret
+    log2_scale = problem.scale * _LOG2_E
+
+    def kernel(refs, scratch):
+        q, k, v, q_scale, k_scale, v_scale, q_length, kv_length, out, m_out, total_out = refs
+        tiles_sm, (k_full, v_full, q_full), (k_free, v_free), turn = scratch
+        q_sm, k_sm, v_sm, o_sm, m_sm, total_sm = tiles_sm
+        wg, b, h = (lax.axis_index(name) for name in ("wg", "batch", "heads"))
+        kv_head = lax.div(h, jnp.int32(problem.group))
+        block = problem.longest_first(lax.axis_index("block"), problem.query_blocks)
+        first_row = block * (COMPUTE_WARPGROUPS * block_q)
+        row, used = first_row + wg * block_q, (q_length[b], kv_length[b])
+        span = problem.keys_seen(first_row, COMPUTE_WARPGROUPS * block_q, *used, block_kv)
+        slot_of = lambda step: lax.rem(step - span.first, jnp.int32(stages))
+
+        def take_turns():
+            plgpu.barrier_arrive(turn)
+            plgpu.barrier_wait(turn)
+
+        @pl.when(wg < COMPUTE_WARPGROUPS)
+        def compute():
+            plgpu.set_max_registers(232, action="increase")
+            here = pl.ds(row, block_q)
+            plgpu.copy_gmem_to_smem(q.at[b, h, here], q_sm.at[wg], q_full.at[wg])
+            plgpu.barrier_wait(q_full.at[wg])
+            sq = q_scale[b, h, lax.div(row, jnp.int32(block_q))] * log2_scale
+            pl.when(span.first < span.last)(lambda: plgpu.barrier_wait(k_full.at[0]))
+            pl.when(wg == 1)(take_turns)
+
+            def scores(slot):
+                def body(s):
+                    s.add(q_sm.at[wg], k_sm.at[slot])
+                    take_turns()
+                    return (s.read(),)
+
+                shape = (block_q, block_kv)
+                return accumulate(
+                    body, [Sum(shape, integer=True)], [full(shape, 0.0)], interpret=interpret
+                )[0]
+
+            def weighted_values(p8, slot, step):
+                def body(o):
+                    o.add(p8, v_sm.at[slot])
+
+                    @pl.when(step + 1 < span.last)
+                    def _():
+                        plgpu.barrier_wait(k_full.at[slot_of(step + 1)])
+
+                    return (o.read(),)
+
+                shape = (block_q, head_dim)
+                return accumulate(
+                    body, [Sum(shape, integer=True)], [full(shape, 0.0)], interpret=interpret
+                )[0]
+
+            def visit(step, carry, *, masked):
+                acc, m, total = carry
+                slot = slot_of(step)
+                s_scale, v_s = sq * k_scale[b, kv_head, step], v_scale[b, kv_head, step]
+                s = scores(slot)
+                plgpu.barrier_arrive(k_free.at[slot])
+                if masked:
+                    visible = problem.visible(s.shape, row, step * block_kv, used[1])
+                    s = jnp.where(visible, s, _LOWEST)
+                largest = s.max(axis=1)
+                m_tile = (largest - MAGIC) * s_scale
+                if masked:
+                    m_tile = jnp.where(largest == _LOWEST, EMPTY_MAXIMUM, m_tile)
+                m_new = jnp.maximum(m, m_tile)
+                alpha, beta = jnp.exp2(m - m_new), jnp.exp2(m_tile - m_new)
+                shift = m_tile + MAGIC * s_scale
+                p = jnp.exp2(s * s_scale - rows(shift, s.shape))
+                if masked:
+                    p = jnp.where(s == _LOWEST, 0.0, p)
+                p8 = pack_int8(p * 127.0 + MAGIC, interpret=interpret)
+                acc *= rows(alpha, acc.shape)
+                total = total * alpha + p.sum(axis=1) * beta
+                gain = beta * v_s
+                acc, total, m_new, p8, gain = lax.optimization_barrier(
+                    (acc, total, m_new, p8, gain)
+                )
+                plgpu.barrier_arrive(turn)
+                plgpu.barrier_wait(v_full.at[slot])
+                plgpu.barrier_wait(turn)
+                o = weighted_values(p8, slot, step)
+                plgpu.barrier_arrive(v_free.at[slot])
+                return acc + (o - MAGIC) * rows(gain, o.shape), m_new, total
+
+            carry = (
+                full((block_q, head_dim), 0.0),
+                full((block_q,), EMPTY_MAXIMUM, layout=ROW),
+                full((block_q,), 0.0, layout=ROW),
+            )
+            acc, m, total = span.fold(visit, carry)
+            pl.when(wg == 0)(take_turns)
+            safe = jnp.where(total == 0.0, 1.0, total) * 127.0
+            result = acc / rows(safe, acc.shape)
+            if problem.ragged_queries:
+                inside = plgpu.broadcasted_iota(jnp.int32, acc.shape, 0, layout=WGMMA)
+                result = jnp.where(inside < used[0] - row, result, 0.0)
+            o_sm.at[wg][...] = result.astype(problem.dtype)
+            m_sm.at[wg][...], total_sm.at[wg][...] = m, total
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(o_sm.at[wg], out.at[b, here, h])
+            plgpu.copy_smem_to_gmem(m_sm.at[wg], m_out.at[b, h, here])
+            plgpu.copy_smem_to_gmem(total_sm.at[wg], total_out.at[b, h, here])
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(wg == COMPUTE_WARPGROUPS)
+        def copy():
+            plgpu.set_max_registers(40, action="decrease")
+
+            def fetch(step, slot):
+                at = pl.ds(step * block_kv, block_kv)
+                plgpu.copy_gmem_to_smem(k.at[b, kv_head, at], k_sm.at[slot], k_full.at[slot])
+                plgpu.copy_gmem_to_smem(v.at[b, kv_head, :, at], v_sm.at[slot], v_full.at[slot])
+
+            for i in range(stages):
+                pl.when(span.first + i < span.last)(lambda i=i: fetch(span.first + i, i))
+
+            @pl.loop(span.first + stages, span.last)
+            def _(step):
+                slot = slot_of(step)
+                plgpu.barrier_wait(k_free.at[slot])
+                plgpu.barrier_wait(v_free.at[slot])
+                fetch(step, slot)
+
+    def entry(*refs):
+        two = COMPUTE_WARPGROUPS
+        pl.run_scoped(
+            lambda *scratch: kernel(refs, scratch),
+            (
+                tile((two, block_q, head_dim), jnp.int8),
+                tile((stages, block_kv, head_dim), jnp.int8),
+                tile((stages, head_dim, block_kv), jnp.int8),
+                tile((two, block_q, head_dim), problem.dtype),
+                plgpu.SMEM((two, block_q), jnp.float32),
+                plgpu.SMEM((two, block_q), jnp.float32),
+            ),
+            (
+                plgpu.Barrier(num_barriers=stages),
+                plgpu.Barrier(num_barriers=stages),
+                plgpu.Barrier(num_barriers=two),
+            ),
+            (plgpu.Barrier(num_arrivals=two, num_barriers=stages),) * 2,
+            plgpu.Barrier(num_arrivals=two),
+            collective_axes="wg",
+        )
+
+    statistics = jax.ShapeDtypeStruct(query.shape[:3], jnp.float32)
+    return plgpu.kernel(
+        entry,
+        out_type=(
+            jax.ShapeDtypeStruct(problem.query_shape, problem.dtype),
+            statistics,
+            statistics,
+        ),
+        grid=(problem.batch, problem.heads, problem.query_blocks),
+        grid_names=("batch", "heads", "block"),
+        num_threads=COMPUTE_WARPGROUPS + 1,
+        thread_name="wg",
+        compiler_params=COMPILER_PARAMS,
+    )(query, key, value, *scales, *lengths)

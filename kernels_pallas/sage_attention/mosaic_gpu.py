@@ -1,0 +1,346 @@
+"""INT8 attention on Hopper GPUs: what the kernels accept, how they are fed, what they give back."""
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.mosaic.products import permute
+from kernels_pallas.sage_attention import backward_sm90, forward_sm90
+from kernels_pallas.sage_attention.masking import Masking, Structure
+from kernels_pallas.sage_attention.problem import (
+    COMPUTE_WARPGROUPS,
+    ROWS,
+    Problem,
+    round_up,
+)
+from kernels_pallas.sage_attention.quantize import Quantized, quantize, subtract_mean
+from kernels_pallas.sage_attention.reference import EMPTY_LOGSUMEXP
+from kernels_pallas.sage_attention.tiling import Tiling
+
+_LARGEST_HEAD_DIM = 128
+_SHARED_MEMORY = 227 * 1024
+_LN2 = math.log(2.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is fixed when the program is compiled.
+
+    Attributes:
+        scale: factor on the scores.
+        structure: causal mask and local window.
+        smooth_values: subtract the mean value before quantization and add it to the output.
+        ragged_queries: whether lengths of the queries are given when the program runs.
+        ragged_keys: the same for keys.
+        return_logsumexp: whether the log-sum-exp is wanted.
+        block_kv: keys in a tile of the forward pass; they share a scale.
+        interpret: whether the kernels run in the interpreter.
+    """
+
+    scale: float
+    structure: Structure
+    smooth_values: bool
+    ragged_queries: bool
+    ragged_keys: bool
+    return_logsumexp: bool
+    block_kv: int
+    interpret: bool
+
+    @property
+    def tiling(self) -> Tiling:
+        """What shares a scale."""
+        return Tiling(block_q=ROWS, block_kv=self.block_kv, gradient_block_kv=ROWS)
+
+
+def unsupported(head_dim: int, *, has_bias: bool, has_mask: bool, device: Any) -> str | None:
+    """Says why a call cannot use the kernels; None if it can.
+
+    Args:
+        head_dim: of query, key and value.
+        has_bias: whether a bias is given.
+        has_mask: whether a mask is given.
+        device: where the call runs; None in the interpreter.
+    """
+    if device is not None:
+        if device.platform not in ("gpu", "cuda"):
+            return (
+                f"it needs an NVIDIA H100 or H200, this is {device.device_kind} ({device.platform})"
+            )
+        capability = getattr(device, "compute_capability", "unknown")
+        if capability != "9.0":
+            return (
+                "it needs compute capability 9.0 (H100, H200), "
+                f"{device.device_kind} has {capability}"
+            )
+    if has_bias or has_mask:
+        given = " and ".join(name for name, on in (("bias", has_bias), ("mask", has_mask)) if on)
+        return f"it takes no {given}; causal masks, local windows and sequence lengths it does take"
+    if head_dim % 8 or head_dim > _LARGEST_HEAD_DIM:
+        return f"head_dim must be a multiple of 8 up to {_LARGEST_HEAD_DIM}, got {head_dim}"
+    return None
+
+
+def choose_block_kv(keys: int) -> int:
+    """Returns the keys in a tile of the forward pass: 256, less for short sequences."""
+    return 256 if keys > 128 else 128
+
+
+class Residuals(NamedTuple):
+    """What the backward pass needs. Tokens of INT8 arrays are padded; heads come before them."""
+
+    query: Quantized  # int8 (batch, heads, queries, head_dim), scale (batch, heads, tiles)
+    key: Quantized
+    key_mean: jax.Array  # float32 (batch, kv_heads, head_dim)
+    value: jax.Array  # 16 bits, smoothed if the options say so
+    out: jax.Array  # of the values above
+    logsumexp: jax.Array  # (batch, heads, padded queries), in units of log 2; +1e30: sees nothing
+    query_length: jax.Array
+    key_length: jax.Array
+
+
+def forward(
+    options: Options,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: None,
+    masking: Masking,
+) -> tuple[jax.Array, jax.Array | None, Residuals]:
+    """Computes attention; arguments and results are those of `reference.forward`."""
+    assert bias is None
+    lengths = _lengths(options, query, key, masking)
+    return _over_batches(functools.partial(_forward, options))(query, key, value, *lengths)
+
+
+def _forward(options, query, key, value, *lengths):
+    problem = _problem(options, query, key)
+    dtype, dim, padded = key.dtype, query.shape[-1], problem.head_dim
+    queries, keys = query.shape[1], key.shape[1]
+    query, key, value = (_pad(x, 3, padded) for x in (query, key, value))
+    if problem.ragged_queries:
+        query = _keep(query, lengths[0])
+    attended = jnp.ones((1, keys, 1, 1), bool)
+    if problem.ragged_keys:
+        value = _keep(value, lengths[1])
+        attended = _inside(keys, lengths[1])[..., None, None]
+    key, key_mean = subtract_mean(key, attended, token_axes=(1,))
+    value_mean = None
+    if options.smooth_values:
+        value, value_mean = subtract_mean(value, attended, token_axes=(1,))
+
+    query8 = _quantize(query, ROWS, COMPUTE_WARPGROUPS * ROWS)
+    key8 = _quantize(key, options.block_kv, options.block_kv)
+    value8 = _quantize(value, options.block_kv, options.block_kv)
+    tiles = forward_sm90.ForwardTiles(options.block_kv, _stages(_forward_bytes(problem, options)))
+    out, largest, total = forward_sm90.forward(
+        problem,
+        tiles,
+        query8.codes,
+        key8.codes,
+        permute(value8.codes.swapaxes(2, 3)),
+        (query8.scale, key8.scale, value8.scale),
+        lengths,
+    )
+    inside = _inside(largest.shape[2], lengths[0])[:, None]
+    sees = inside & (total > 0)
+    logsumexp = jnp.where(sees, largest + jnp.log2(jnp.where(sees, total, 1.0)), 1e30)
+    # A row of NaN has seen something; the comparison above would hide it.
+    logsumexp = jnp.where(inside & jnp.isnan(total), jnp.nan, logsumexp)
+    value = _pad(value.astype(_product_dtype(dtype)), 1, problem.key_shape[1])
+    residuals = Residuals(query8, key8, key_mean[:, 0], value, out, logsumexp, *lengths)
+    result = out
+    if value_mean is not None:
+        seen = sees[:, :, : out.shape[1]].swapaxes(1, 2)[..., None]
+        value_mean = jnp.repeat(value_mean, problem.group, axis=2)
+        result = jnp.where(seen, result + value_mean, result).astype(dtype)
+    raw = None
+    if options.return_logsumexp:
+        raw = _raw_logsumexp(options, logsumexp, query, key_mean)
+    return result[:, :queries, :, :dim], raw, residuals
+
+
+def backward(
+    options: Options,
+    shapes: tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct],
+    residuals: Residuals,
+    d_out: jax.Array,
+    d_logsumexp: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    """Computes the gradients; arguments and results are those of `reference.backward`."""
+    function = _over_batches(functools.partial(_backward, options, shapes))
+    return *function(residuals, d_out, d_logsumexp), None
+
+
+def _backward(options, shapes, residuals, d_out, d_logsumexp):
+    batch = d_out.shape[0]
+    query, key = (jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in shapes)
+    problem = _problem(options, query, key)
+    dim, x = query.shape[-1], residuals
+    d_out = _pad(_pad(d_out, 3, problem.head_dim), 1, problem.query_shape[1])
+    if problem.ragged_queries:
+        d_out = _keep(d_out, x.query_length)
+    delta = jnp.sum(d_out.astype(jnp.float32) * x.out.astype(jnp.float32), axis=-1)
+    if d_logsumexp is not None:
+        sees = x.logsumexp[:, :, : query.shape[1]].swapaxes(1, 2) < 1e30
+        d_logsumexp = jnp.where(sees, d_logsumexp, 0.0)
+        delta -= _pad(d_logsumexp, 1, delta.shape[1])
+    padded_queries = x.query.codes.shape[2]
+    delta = _pad(delta.swapaxes(1, 2), 2, padded_queries)
+    tiles = (*delta.shape[:2], padded_queries // ROWS, ROWS)
+    d_out8 = _quantize(d_out, ROWS, COMPUTE_WARPGROUPS * ROWS)
+    operands = backward_sm90.Operands(
+        query=x.query.codes,
+        query_transposed=permute(x.query.codes.swapaxes(2, 3)),
+        query_scale=x.query.scale,
+        key=x.key.codes,
+        key_transposed=permute(x.key.codes.swapaxes(2, 3)),
+        key_scale=jnp.repeat(x.key.scale, options.block_kv // ROWS, axis=2),
+        value=x.value,
+        d_out=d_out.astype(x.value.dtype),
+        d_out_transposed=permute(d_out8.codes.swapaxes(2, 3)),
+        d_out_scale=d_out8.scale,
+        statistics=jnp.stack([x.logsumexp.reshape(tiles), delta.reshape(tiles)], axis=3),
+        query_length=x.query_length,
+        key_length=x.key_length,
+    )
+    query_bytes, key_bytes = _backward_bytes(problem)
+    d_query = backward_sm90.query_gradient(problem, operands, stages=_stages(query_bytes))
+    d_key, d_value = backward_sm90.key_value_gradients(problem, operands, stages=_stages(key_bytes))
+    tokens = query.shape[1], key.shape[1], key.shape[1]
+    if d_logsumexp is not None:
+        # The log-sum-exp of unsmoothed keys is that of smoothed ones plus scale * q * mean(K).
+        mean = jnp.repeat(x.key_mean, problem.group, axis=1)[:, None]
+        shift = _pad(options.scale * d_logsumexp[..., None] * mean, 1, d_query.shape[1])
+        d_query = (d_query + shift).astype(d_query.dtype)
+    gradients = zip((d_query.astype(query.dtype), d_key, d_value), tokens, strict=True)
+    return tuple(gradient[:, :count, :, :dim] for gradient, count in gradients)
+
+
+def _over_batches(function):
+    """Lets `jax.vmap` add its axis to the batch, which leads every array in and out."""
+    call = jax.custom_batching.custom_vmap(function)
+
+    @call.def_vmap
+    def rule(size, in_batched, *arrays):
+        def merge(x, batched):
+            x = x if batched else jnp.broadcast_to(x, (size, *x.shape))
+            return x.reshape(-1, *x.shape[2:])
+
+        results = call(*jax.tree.map(merge, arrays, tuple(in_batched)))
+        split = lambda x: x.reshape(size, -1, *x.shape[1:])
+        return jax.tree.map(split, results), jax.tree.map(lambda x: True, results)
+
+    return call
+
+
+def _problem(options: Options, query, key) -> Problem:
+    batch, queries, heads, head_dim = query.shape
+    keys, kv_heads = key.shape[1:3]
+    left, right = _window(options.structure)
+    # Without lengths it is known when compiling which queries and keys meet nobody.
+    return Problem(
+        batch=batch,
+        queries=queries,
+        keys=keys,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=64 if head_dim <= 64 else 128,
+        dtype=key.dtype,  # a traced scale makes a float32 query of a 16-bit one
+        scale=options.scale,
+        left=left,
+        right=right,
+        ragged_queries=options.ragged_queries
+        or options.ragged_keys
+        or (left is not None and keys + left < queries),
+        ragged_keys=options.ragged_queries
+        or options.ragged_keys
+        or (right is not None and queries + right < keys),
+        interpret=options.interpret,
+    )
+
+
+def _window(structure: Structure) -> tuple[int | None, int | None]:
+    """Returns how far a query looks back and ahead."""
+    left, right = structure.local_window_size or (None, None)
+    return left, 0 if structure.is_causal else right
+
+
+def _lengths(options: Options, query, key, masking: Masking) -> tuple[jax.Array, jax.Array]:
+    """Returns how many queries attend to anything, and how many keys are attended to."""
+    batch, (left, right) = query.shape[0], _window(options.structure)
+    queries = jnp.broadcast_to(masking.query_lengths, (batch,))
+    keys = jnp.broadcast_to(masking.key_lengths, (batch,))
+    seen = keys if right is None else jnp.minimum(keys, queries + right)
+    seeing = queries if left is None else jnp.minimum(queries, keys + left)
+    return jnp.where(keys > 0, seeing, 0), jnp.where(queries > 0, seen, 0)
+
+
+def _product_dtype(dtype) -> jnp.dtype:
+    """Returns the 16-bit type in which dO·Vᵀ is computed."""
+    return jnp.dtype(jnp.float16 if dtype == jnp.float16 else jnp.bfloat16)
+
+
+def _keep(x: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Zeroes the tokens of (batch, tokens, heads, head_dim) beyond the lengths."""
+    return jnp.where(_inside(x.shape[1], lengths)[..., None, None], x, 0)
+
+
+def _inside(tokens: int, lengths: jax.Array) -> jax.Array:
+    """Returns which tokens are not padding, bool (batch, tokens)."""
+    return jnp.arange(tokens, dtype=jnp.int32)[None] < lengths[:, None]
+
+
+def _pad(x: jax.Array, axis: int, size: int) -> jax.Array:
+    """Pads an axis with zeros."""
+    if x.shape[axis] == size:
+        return x
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, widths)
+
+
+def _quantize(x: jax.Array, block: int, multiple: int) -> Quantized:
+    """Quantizes (batch, tokens, heads, head_dim), one scale for `block` tokens of a head.
+
+    Returns:
+        Codes (batch, heads, tokens, head_dim), tokens padded to a multiple of `multiple`; scales
+        (batch, heads, blocks).
+    """
+    x = _pad(x, 1, round_up(x.shape[1], multiple)).swapaxes(1, 2)
+    batch, heads, _, dim = x.shape
+    tiles = quantize(x.reshape(batch, heads, -1, block, dim), tile_axes=(3, 4))
+    return Quantized(tiles.codes.reshape(x.shape), tiles.scale[..., 0, 0])
+
+
+def _raw_logsumexp(options: Options, logsumexp, query, key_mean) -> jax.Array:
+    """Returns the log-sum-exp of the scores with unsmoothed keys, (batch, queries, heads)."""
+    logsumexp = logsumexp[:, :, : query.shape[1]].swapaxes(1, 2)
+    group = query.shape[2] // key_mean.shape[2]
+    shift = jnp.sum(query.astype(jnp.float32) * jnp.repeat(key_mean, group, axis=2), axis=-1)
+    raw = logsumexp * _LN2 + options.scale * shift
+    return jnp.where(logsumexp >= 1e30, EMPTY_LOGSUMEXP, raw)
+
+
+def _forward_bytes(problem: Problem, options: Options) -> tuple[int, int]:
+    """Returns the shared memory of the forward kernel, without stages and of a stage."""
+    rows = COMPUTE_WARPGROUPS * ROWS * problem.head_dim
+    return rows * (1 + jnp.dtype(problem.dtype).itemsize) + 4096, (
+        2 * options.block_kv * problem.head_dim
+    )
+
+
+def _backward_bytes(problem: Problem) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Returns the same for the two backward kernels."""
+    tile = ROWS * problem.head_dim
+    fixed = COMPUTE_WARPGROUPS * tile * (1 + 2 + jnp.dtype(problem.dtype).itemsize) + 4096
+    return (fixed, tile * (1 + 2 + 1)), (fixed, tile * (1 + 2 + 1 + 1) + 8 * ROWS)
+
+
+def _stages(sizes: tuple[int, int]) -> int:
+    """Returns how many stages fit, four at most: more were never faster."""
+    fixed, stage = sizes
+    return min(4, (_SHARED_MEMORY - fixed) // stage)

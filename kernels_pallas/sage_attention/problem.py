@@ -1,0 +1,222 @@
+"""What the kernels are asked to compute, and which tiles of keys or queries that concerns.
+
+Without an explicit mask, a query t sees an interval of keys: from t - left to t + right, cut off at
+the number of keys. So every mask is two bounds, tiles outside of them are skipped, and only tiles
+on the edge have to be masked, element by element.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas.mosaic.products import WGMMA
+
+COMPUTE_WARPGROUPS = 2
+"""Warpgroups of a block that compute; one more issues the copies."""
+
+ROWS = 64
+"""Rows of a product that a warpgroup owns."""
+
+
+COMPILER_PARAMS = plgpu.CompilerParams(
+    approx_math=True,
+    unsafe_no_auto_barriers=True,  # the interpreter finds no races
+    lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+)
+"""How the kernels are compiled."""
+
+
+class Span(NamedTuple):
+    """A range of tiles, of which those from `inner_first` to `inner_last` need no mask.
+
+    Whether there can be any that do, before or after those, is known to the compiler.
+    """
+
+    first: jax.Array
+    inner_first: jax.Array
+    inner_last: jax.Array
+    last: jax.Array
+    masked_before: bool
+    masked_after: bool
+
+    def fold(self, visit: Callable[..., Any], carry: Any) -> Any:
+        """Folds `visit(tile, carry, masked=...)` over the tiles, in order."""
+        masked = functools.partial(visit, masked=True)
+        if self.masked_before:
+            carry = lax.fori_loop(self.first, self.inner_first, masked, carry)
+        inner = functools.partial(visit, masked=False)
+        carry = lax.fori_loop(self.inner_first, self.inner_last, inner, carry)
+        if self.masked_after:
+            carry = lax.fori_loop(self.inner_last, self.last, masked, carry)
+        return carry
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Shapes and options that are known when a kernel is compiled.
+
+    Attributes:
+        batch: number of sequences.
+        queries: tokens of the query.
+        keys: tokens of key and value.
+        heads: heads of the query.
+        kv_heads: heads of key and value, a divisor of `heads`.
+        head_dim: 64 or 128.
+        dtype: of the output, and of the operands of dO·Vᵀ.
+        scale: factor on the scores.
+        left: how far a query looks back, None: without limit.
+        right: how far it looks ahead; 0 if causal.
+        ragged_queries: whether lengths given when the program runs cut queries off.
+        ragged_keys: the same for keys.
+        interpret: whether the kernels run in the interpreter.
+    """
+
+    batch: int
+    queries: int
+    keys: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: Any
+    scale: float
+    left: int | None = None
+    right: int | None = None
+    ragged_queries: bool = False
+    ragged_keys: bool = False
+    interpret: bool = False
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a head of keys."""
+        return self.heads // self.kv_heads
+
+    @property
+    def query_shape(self) -> tuple[int, int, int, int]:
+        """Shape of the output, dO and dQ: copies need tokens in multiples of 8."""
+        return self.batch, round_up(self.queries, 8), self.heads, self.head_dim
+
+    @property
+    def key_shape(self) -> tuple[int, int, int, int]:
+        """Shape of value, dK and dV."""
+        return self.batch, round_up(self.keys, 8), self.kv_heads, self.head_dim
+
+    @property
+    def query_blocks(self) -> int:
+        """Thread blocks along the queries."""
+        return -(-self.queries // (COMPUTE_WARPGROUPS * ROWS))
+
+    @property
+    def key_blocks(self) -> int:
+        """Thread blocks along the keys."""
+        return -(-self.keys // (COMPUTE_WARPGROUPS * ROWS))
+
+    def longest_first(self, index: jax.Array, count: int) -> jax.Array:
+        """Reverses the order of blocks of queries where later ones see more keys."""
+        if self.right is None or self.left is not None:
+            return index
+        return count - 1 - index
+
+    def keys_seen(
+        self, row: jax.Array, rows: int, queries: jax.Array, keys: jax.Array, block_kv: int
+    ) -> Span:
+        """Returns the tiles of keys that the queries from `row` to `row + rows` see.
+
+        Args:
+            row: the first query.
+            rows: number of queries.
+            queries: queries that attend to anything; known when the kernel runs, as are `keys`.
+            keys: keys that are attended to.
+            block_kv: keys in a tile.
+        """
+        end = jnp.minimum(row + rows, queries)
+        first, inner_first, inner_last, last = _tiles(
+            row, end, self.left, self.right, keys, block_kv
+        )
+        after = self.right is not None or self._cuts_keys(block_kv)
+        before = self.left is not None
+        return Span(
+            first,
+            inner_first if before else first,
+            inner_last if after else last,
+            last,
+            before,
+            after,
+        )
+
+    def queries_seeing(
+        self, column: jax.Array, columns: int, queries: jax.Array, keys: jax.Array, block_q: int
+    ) -> Span:
+        """Returns the tiles of queries that see the keys from `column` to `column + columns`.
+
+        Queries and keys beyond their lengths need no mask here: the former have an infinite
+        log-sum-exp, the gradients of the latter are cut off at the end.
+        """
+        end = jnp.minimum(column + columns, keys)
+        first, inner_first, inner_last, last = _tiles(
+            column, end, self.right, self.left, queries, block_q
+        )
+        before, after = self.right is not None, self.left is not None
+        return Span(
+            first,
+            inner_first if before else first,
+            inner_last if after else last,
+            last,
+            before,
+            after,
+        )
+
+    def visible(
+        self, shape: tuple[int, ...], row: jax.Array, column: jax.Array, keys: jax.Array
+    ) -> jax.Array:
+        """Returns which queries of a tile (its rows) see which of its keys (columns)."""
+        r, c = (plgpu.broadcasted_iota(jnp.int32, shape, i, layout=WGMMA) for i in (0, 1))
+        conditions = []
+        if self._cuts_keys(shape[1]):
+            conditions.append(c < keys - column)
+        if self.right is not None:
+            conditions.append(c <= r + (row + self.right - column))
+        if self.left is not None:
+            conditions.append(c >= r + (row - self.left - column))
+        return functools.reduce(jnp.logical_and, conditions)
+
+    def visible_transposed(
+        self, shape: tuple[int, ...], column: jax.Array, row: jax.Array
+    ) -> jax.Array:
+        """Returns which keys of a tile (its rows) are seen by which queries (columns)."""
+        s, t = (plgpu.broadcasted_iota(jnp.int32, shape, i, layout=WGMMA) for i in (0, 1))
+        conditions = []
+        if self.right is not None:
+            conditions.append(s <= t + (row + self.right - column))
+        if self.left is not None:
+            conditions.append(s >= t + (row - self.left - column))
+        return functools.reduce(jnp.logical_and, conditions)
+
+    def _cuts_keys(self, block_kv: int) -> bool:
+        return self.ragged_keys or self.keys % block_kv != 0
+
+
+def round_up(size: int, multiple: int) -> int:
+    """Returns the smallest multiple that is not below `size`."""
+    return -(-size // multiple) * multiple
+
+
+def _tiles(start, end, left, right, limit, block):
+    """Tiles that [start, end) reaches, where t reaches from t - left to t + right below `limit`."""
+    lowest = lambda t: jnp.int32(0) if left is None else jnp.maximum(t - left, 0)
+    highest = lambda t: limit if right is None else jnp.minimum(t + right + 1, limit)
+    first = lax.div(lowest(start), jnp.int32(block))
+    last = jnp.where(end > start, _ceil_div(highest(end - 1), block), first)
+    last = jnp.maximum(first, last)
+    inner_first = jnp.clip(_ceil_div(lowest(end - 1), block), first, last)
+    inner_last = jnp.clip(lax.div(highest(start), jnp.int32(block)), inner_first, last)
+    return first, inner_first, inner_last, last
+
+
+def _ceil_div(x, y: int):
+    return lax.div(jnp.int32(x) + jnp.int32(y - 1), jnp.int32(y))

@@ -1,0 +1,46 @@
+"""What shares a scale: the one description that the reference and the kernels follow."""
+
+import dataclasses
+from typing import Literal, Self
+
+type GradientScales = Literal["tile", "vector"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How tensors are cut into parts that share one scale.
+
+    Two implementations with the same tiling compute the same function up to the rounding of
+    floats, because only these scales, not the order of the work, decide what is rounded to what.
+
+    Attributes:
+        block_q: queries that share a scale of Q and of dO, and a tile of P and dS in the backward
+            pass.
+        block_kv: keys that share a scale of K and of V. P of the forward pass has one scale for
+            each query and so many keys.
+        gradient_block_kv: keys in a tile of P and dS in the backward pass; divides `block_kv`.
+        gradient_scales: scales of such a tile. "tile": one, as printed in SageBwd's Algorithm 2.
+            "vector": one for each query where keys are summed over (dQ) and one for each key where
+            queries are (dK, dV), which halves the error of the gradients.
+
+    Raises:
+        ValueError: `gradient_block_kv` does not divide `block_kv`.
+    """
+
+    block_q: int = 64
+    block_kv: int = 64
+    gradient_block_kv: int = 64
+    gradient_scales: GradientScales = "vector"
+
+    def __post_init__(self):
+        if self.block_kv % self.gradient_block_kv:
+            raise ValueError(
+                "gradient_block_kv must divide block_kv, got "
+                f"{self.gradient_block_kv} and {self.block_kv}"
+            )
+
+    @classmethod
+    def for_lengths(cls, queries: int, keys: int) -> Self:
+        """Returns the usual tiling, with smaller tiles for fewer tokens than one tile holds."""
+        block_kv = min(64, keys)
+        return cls(min(64, queries), block_kv, block_kv)

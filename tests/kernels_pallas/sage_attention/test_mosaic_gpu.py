@@ -1,0 +1,316 @@
+"""The Hopper kernels: in the interpreter on any machine, and on the GPU with `pytest -m gpu`."""
+
+import functools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas import explain, sage_attention
+from kernels_pallas.mosaic import interpreted
+from kernels_pallas.sage_attention import mosaic_gpu, reference, vjp
+from kernels_pallas.sage_attention.masking import Masking, Structure
+from kernels_pallas.sage_attention.problem import Problem
+from kernels_pallas.sage_attention.tiling import Tiling
+from tests.conformance.attention import AttentionConformance, draw
+from tests.conformance.exact_attention import allowed_pairs, relative_l2
+
+
+def with_gradients(attend, inputs):
+    """Output and gradients, each kernel running alone: callbacks of two at once can starve."""
+    out, pullback = jax.vjp(attend, *map(jnp.asarray, inputs[:3]))
+    return out, *pullback(jnp.asarray(inputs[3]).astype(out.dtype))
+
+
+def like_the_kernels(*, smooth_values=False, keys, **options):
+    """The reference with the kernels' description of tiles."""
+
+    def attend(query, key, value):
+        lengths = {
+            name: jnp.asarray(options.get(f"{side}_seq_lengths", [tokens]), jnp.int32)
+            for name, side, tokens in (
+                ("query_lengths", "query", query.shape[1]),
+                ("key_lengths", "key_value", key.shape[1]),
+            )
+        }
+        structure = Structure(options.get("is_causal", False), options.get("local_window_size"))
+        tiling = Tiling(block_q=64, block_kv=mosaic_gpu.choose_block_kv(keys))
+        settings = reference.Options(
+            scale=options.get("scale", query.shape[-1] ** -0.5),
+            structure=structure,
+            tiling=tiling,
+            smooth_values=smooth_values,
+            product_dtype=jnp.float16 if query.dtype == jnp.float16 else jnp.bfloat16,
+        )
+        masking = Masking(None, **lengths)
+        return vjp.attention(reference, settings, query, key, value, None, masking)[0]
+
+    return attend
+
+
+def compare(inputs, *, bound=3e-3, **options):
+    """The kernels against the reference with the same tiles."""
+    keys = inputs[1].shape[1]
+    attend = functools.partial(sage_attention, implementation="mosaic_gpu", **options)
+    actual = with_gradients(attend, inputs)
+    expected = with_gradients(like_the_kernels(keys=keys, **options), inputs)
+    for name, one, other in zip("oqkv", actual, expected, strict=True):
+        one, other = (np.asarray(x, np.float64) for x in (one, other))
+        # What cancels exactly in one may leave rounding in the other: dQ where one key is seen.
+        floor = 1e-6 * np.sqrt(one.size) * max(1.0, np.abs(inputs[3]).max())
+        assert np.linalg.norm(one - other) <= bound * np.linalg.norm(other) + floor, name
+
+
+CASES = {
+    "plain": ({"queries": 128}, {}),
+    "odd lengths": ({"queries": 77, "keys": 201, "heads": 4, "kv_heads": 2, "dim": 40}, {}),
+    "causal": ({"queries": 200, "dim": 128}, {"is_causal": True}),
+    "causal, more keys": ({"queries": 70, "keys": 300}, {"is_causal": True}),
+    "causal, more queries": ({"queries": 300, "keys": 70}, {"is_causal": True}),
+    "window": ({"queries": 300, "heads": 1}, {"local_window_size": (40, 10)}),
+    "window behind": (
+        {"queries": 330, "keys": 140, "heads": 1},
+        {"is_causal": True, "local_window_size": (60, 60)},
+    ),
+    "lengths": (
+        {"batch": 3, "queries": 140, "heads": 1},
+        {
+            "query_seq_lengths": np.array([140, 30, 0]),
+            "key_value_seq_lengths": np.array([3, 140, 70]),
+        },
+    ),
+    "one token": ({"queries": 1}, {}),
+    "smooth values": ({"queries": 130}, {"smooth_values": True}),
+    "scale": ({"queries": 130}, {"scale": 0.3}),
+}
+
+
+class TestInterpreted:
+    @pytest.mark.parametrize("name", CASES)
+    def test_agrees_with_the_reference(self, name):
+        shapes, options = CASES[name]
+        with interpreted(detect_races=False):
+            compare(draw(5, **shapes), **options)
+
+    @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+    def test_sixteen_bits(self, dtype):
+        inputs = [jnp.asarray(x).astype(dtype) for x in draw(7, queries=130, heads=1)]
+        with interpreted(detect_races=False):
+            out = sage_attention(*inputs[:3], implementation="mosaic_gpu")
+            assert out.dtype == dtype
+            compare(inputs, bound=8e-3)  # both round to the 8 bits of bfloat16
+
+    @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
+    def test_traced_scale(self, dtype):
+        query, key, value, d_out = (jnp.asarray(x).astype(dtype) for x in draw(9, queries=70))
+
+        def loss(scale, query):
+            out = sage_attention(query, key, value, scale=scale, implementation="mosaic_gpu")
+            return jnp.sum((out * d_out).astype(jnp.float32))
+
+        with interpreted(detect_races=False):
+            traced = jax.grad(loss, argnums=(0, 1))(jnp.float32(0.2), query)
+            gradient = jax.grad(loss, argnums=1)(0.2, query)
+        assert traced[1].dtype == dtype
+        assert relative_l2(traced[1], gradient) <= 0.01
+        step = jnp.float32(0.02)
+        with interpreted(detect_races=False):
+            slope = (loss(0.2 + step, query) - loss(0.2 - step, query)) / (2 * step)
+        assert abs(traced[0] - slope) <= 0.1 * abs(slope) + 0.05 * np.sqrt(query.size)
+
+    @pytest.mark.parametrize("is_causal", [False, True])
+    def test_no_races(self, is_causal):
+        """Long enough for every slot of shared memory to be used again; a race would raise."""
+        inputs = draw(11, queries=400, keys=1300, heads=1)
+        attend = functools.partial(sage_attention, implementation="mosaic_gpu", is_causal=is_causal)
+        with interpreted():
+            with_gradients(attend, inputs)
+
+    def test_nan_in_padding_does_not_leak_and_visible_nan_is_not_hidden(self):
+        query, key, value, d_out = draw(13, queries=130, heads=1)
+        attend = functools.partial(
+            sage_attention,
+            implementation="mosaic_gpu",
+            query_seq_lengths=np.array([100]),
+            key_value_seq_lengths=np.array([90]),
+        )
+        fill = lambda x, length, value: np.where(np.arange(130)[:, None, None] < length, x, value)
+        with interpreted(detect_races=False):
+            clean = with_gradients(attend, (query, key, value, d_out))
+            dirty = with_gradients(
+                attend,
+                [
+                    fill(x, length, np.nan).astype(np.float32)
+                    for x, length in ((query, 100), (key, 90), (value, 90), (d_out, 100))
+                ],
+            )
+            jax.tree.map(np.testing.assert_array_equal, clean, dirty)
+            key[0, 5, 0, 0] = np.inf
+            assert not np.isfinite(attend(query, key, value)[:, :100]).any()
+
+    def test_vmap_and_residual(self):
+        inputs = draw(17, batch=2, queries=70, heads=1)
+        attend = functools.partial(
+            sage_attention, implementation="mosaic_gpu", return_residual=True
+        )
+        with interpreted(detect_races=False):
+            out, lse = attend(*inputs[:3])
+            mapped = jax.vmap(attend)(*(x[:, None] for x in inputs[:3]))
+            np.testing.assert_array_equal(mapped[0][:, 0], out)
+            np.testing.assert_array_equal(mapped[1][:, 0], lse)
+        expected = sage_attention(*inputs[:3], implementation="xla", return_residual=True)[1]
+        np.testing.assert_allclose(lse, expected, atol=0.05)
+
+    def test_checkpoint_that_keeps_the_residuals(self):
+        """With the policy the backward pass of a rematerialized layer runs no forward kernel."""
+        inputs = draw(19, queries=70, heads=1)
+        policy = jax.checkpoint_policies.save_only_these_names(vjp.RESIDUALS)
+        attend = functools.partial(sage_attention, implementation="xla")
+        loss = lambda query: jnp.sum(attend(query, *inputs[1:3]) ** 2)
+        scans = lambda f: str(jax.make_jaxpr(jax.grad(f))(inputs[0])).count("scan[")
+        assert scans(jax.checkpoint(loss, policy=policy)) == scans(loss)
+        assert scans(jax.checkpoint(loss)) > scans(loss)
+
+    @hypothesis.settings(
+        max_examples=8,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=[hypothesis.HealthCheck.differing_executors],
+    )
+    @hypothesis.given(data=st.data())
+    def test_fuzz(self, data):
+        with interpreted(detect_races=False):
+            inputs, options = draw_case(data, [1, 63, 64, 65, 129, 257])
+            compare(inputs, **options)
+
+
+def draw_case(data, lengths, heads=2):
+    """Inputs and options of every kind."""
+    lengths = st.sampled_from(lengths)
+    queries, keys = data.draw(lengths), data.draw(lengths)
+    kv_heads, group = data.draw(st.integers(1, heads)), data.draw(st.integers(1, heads))
+    batch, dim = data.draw(st.integers(1, 2)), data.draw(st.sampled_from([8, 64, 72, 128]))
+    options = {"is_causal": data.draw(st.booleans())}
+    if data.draw(st.booleans()):
+        options["local_window_size"] = (data.draw(lengths), data.draw(lengths))
+    for name, most in (("query_seq_lengths", queries), ("key_value_seq_lengths", keys)):
+        if data.draw(st.booleans()):
+            options[name] = np.array([data.draw(st.integers(0, most)) for _ in range(batch)])
+    inputs = draw(
+        data.draw(st.integers(0, 99)),
+        batch=batch,
+        queries=queries,
+        keys=keys,
+        heads=kv_heads * group,
+        kv_heads=kv_heads,
+        dim=dim,
+        key_bias=data.draw(st.sampled_from([0.0, 8.0])),
+    )
+    return inputs, options
+
+
+class TestSpans:
+    """The tiles that are visited, and those that need a mask, against the mask itself."""
+
+    @pytest.mark.parametrize("left", [None, 0, 70])
+    @pytest.mark.parametrize("right", [None, 0, 30])
+    @pytest.mark.parametrize(("queries", "keys"), [(300, 300), (100, 500), (500, 100)])
+    def test_spans(self, queries, keys, left, right):
+        problem = Problem(
+            batch=1, queries=queries, keys=keys, heads=1, kv_heads=1, head_dim=64,
+            dtype=jnp.float32, scale=1.0, left=left, right=right, ragged_keys=True,
+        )  # fmt: skip
+        everything = 10_000
+        window = tuple(everything if side is None else side for side in (left, right))
+        allowed = allowed_pairs((1, 1, queries, keys), window=window)[0, 0]
+        for rows, block in ((128, 256), (128, 64)):
+            for row in range(0, queries, rows):
+                span = problem.keys_seen(row, rows, queries, keys, block)
+                self.check(span, allowed[row : row + rows], block)
+            for column in range(0, keys, rows):
+                span = problem.queries_seeing(column, rows, queries, keys, block)
+                self.check(span, allowed[:, column : column + rows].T, block)
+
+    def check(self, span, allowed, block):
+        first, inner_first, inner_last, last = map(int, span[:4])
+        assert 0 <= first <= inner_first <= inner_last <= last
+        tiles = [allowed[:, i : i + block] for i in range(0, allowed.shape[1], block)]
+        for index, tile in enumerate(tiles):
+            assert first <= index < last or not tile.any()
+            if inner_first <= index < inner_last:
+                assert tile.all()
+
+
+class TestRefusals:
+    def test_each_names_what_is_allowed(self):
+        query, key, value, _ = draw(23, queries=70, dim=64)
+        attend = functools.partial(sage_attention, implementation="mosaic_gpu")
+        with pytest.raises(NotImplementedError, match=r"needs an NVIDIA H100 or H200, this is cpu"):
+            attend(query, key, value)
+        with interpreted(detect_races=False):
+            with pytest.raises(NotImplementedError, match="takes no bias; causal masks, local"):
+                attend(query, key, value, jnp.zeros((1, 1, 70, 70)))
+            with pytest.raises(NotImplementedError, match="takes no mask; causal masks"):
+                attend(query, key, value, mask=jnp.ones((1, 1, 70, 70), bool))
+            for dim in (36, 136):
+                query, key, value, _ = draw(23, queries=70, dim=dim)
+                with pytest.raises(
+                    NotImplementedError, match=f"multiple of 8 up to 128, got {dim}"
+                ):
+                    attend(query, key, value)
+
+    def test_explain(self):
+        query, key, value, _ = draw(29, queries=70)
+        assert explain(query, key, value).startswith(
+            "sage_attention runs as 'xla', not as 'mosaic_gpu': it needs an NVIDIA H100"
+        )
+        shapes = [jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in (query, key, value)]
+        with interpreted(detect_races=False):
+            assert explain(*shapes, is_causal=True) == "sage_attention runs as 'mosaic_gpu'"
+            mask = jax.ShapeDtypeStruct((1, 1, 70, 70), jnp.bool_)
+            assert "'xla', not as 'mosaic_gpu': it takes no mask" in explain(*shapes, mask=mask)
+        with pytest.raises(TypeError, match="unexpected keyword argument 'causal'"):
+            explain(query, key, value, causal=True)
+
+    def test_other_gpus_are_named(self):
+        class Ampere:
+            platform, device_kind, compute_capability = "gpu", "NVIDIA A100", "8.0"
+
+        reason = mosaic_gpu.unsupported(64, has_bias=False, has_mask=False, device=Ampere())
+        assert reason == "it needs compute capability 9.0 (H100, H200), NVIDIA A100 has 8.0"
+
+
+@pytest.mark.gpu
+class TestOnTheGpu(AttentionConformance):
+    implementation = "mosaic_gpu"
+    # These pass masks or biases, which the kernels refuse.
+    test_masks_of_every_shape = None
+    test_bias_and_its_gradient = None
+    test_a_bias_that_shifts_a_whole_row_changes_nothing = None
+    test_visible_nan_and_infinity_are_not_hidden = None
+    test_fully_masked_rows = None
+    test_nan_in_padding_does_not_leak = None
+    test_head_dims = None  # among them 256
+
+    @pytest.mark.parametrize("dim", [8, 24, 40, 80, 96, 120])
+    def test_head_dims_up_to_128(self, dim):
+        self.check(draw(13, queries=130, dim=dim))
+
+    @pytest.mark.parametrize("name", CASES)
+    def test_agrees_with_the_reference(self, name):
+        shapes, options = CASES[name]
+        compare(draw(5, **shapes), **options)
+
+    @hypothesis.settings(
+        max_examples=200,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=[hypothesis.HealthCheck.differing_executors],
+    )
+    @hypothesis.given(data=st.data())
+    def test_agrees_with_the_reference_on_drawn_shapes(self, data):
+        inputs, options = draw_case(data, [1, 2, 31, 64, 65, 127, 200, 257, 700, 1025], heads=3)
+        compare(inputs, **options)
