@@ -136,7 +136,7 @@ def _forward(options, query, key, value, *lengths):
     key8 = _quantize(key, options.block_kv, options.block_kv)
     value8 = _quantize(value, options.block_kv, options.block_kv)
     tiles = forward_sm90.ForwardTiles(options.block_kv, _stages(_forward_bytes(problem, options)))
-    out, largest, total = forward_sm90.forward(
+    results = forward_sm90.forward(
         problem,
         tiles,
         query8.codes,
@@ -145,6 +145,7 @@ def _forward(options, query, key, value, *lengths):
         (query8.scale, key8.scale, value8.scale),
         lengths,
     )
+    out, largest, total = _varying_like(value, results)
     inside = _inside(largest.shape[2], lengths[0])[:, None]
     sees = inside & (total > 0)
     logsumexp = jnp.where(sees, largest + jnp.log2(jnp.where(sees, total, 1.0)), 1e30)
@@ -208,8 +209,14 @@ def _backward(options, shapes, residuals, d_out, d_logsumexp):
         key_length=x.key_length,
     )
     query_bytes, key_bytes = _backward_bytes(problem)
-    d_query = backward_sm90.query_gradient(problem, operands, stages=_stages(query_bytes))
-    d_key, d_value = backward_sm90.key_value_gradients(problem, operands, stages=_stages(key_bytes))
+    gradients = _varying_like(
+        d_out,
+        (
+            backward_sm90.query_gradient(problem, operands, stages=_stages(query_bytes)),
+            *backward_sm90.key_value_gradients(problem, operands, stages=_stages(key_bytes)),
+        ),
+    )
+    d_query, d_key, d_value = gradients
     tokens = query.shape[1], key.shape[1], key.shape[1]
     if d_logsumexp is not None:
         # The log-sum-exp of unsmoothed keys is that of smoothed ones plus scale * q * mean(K).
@@ -218,6 +225,17 @@ def _backward(options, shapes, residuals, d_out, d_logsumexp):
         d_query = (d_query + shift).astype(d_query.dtype)
     gradients = zip((d_query.astype(query.dtype), d_key, d_value), tokens, strict=True)
     return tuple(gradient[:, :count, :, :dim] for gradient, count in gradients)
+
+
+def _varying_like(operand: jax.Array, results: Any) -> Any:
+    """Inside `jax.shard_map`, says that results differ between devices as an operand does."""
+    axes = jax.typeof(operand).manual_axis_type.varying
+
+    def cast(x):
+        missing = tuple(axes - jax.typeof(x).manual_axis_type.varying)
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(cast, results)
 
 
 def _over_batches(function):

@@ -1,6 +1,7 @@
 """The Hopper kernels: in the interpreter on any machine, and on the GPU with `pytest -m gpu`."""
 
 import functools
+import sys
 
 import hypothesis
 import hypothesis.strategies as st
@@ -281,6 +282,52 @@ class TestRefusals:
 
         reason = mosaic_gpu.unsupported(64, has_bias=False, has_mask=False, device=Ampere())
         assert reason == "it needs compute capability 9.0 (H100, H200), NVIDIA A100 has 8.0"
+
+
+class Hopper:
+    platform, device_kind, compute_capability = "gpu", "NVIDIA H100 80GB HBM3", "9.0"
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """Calls choose their implementation as they would on an H100."""
+    api = sys.modules["kernels_pallas.sage_attention.api"]
+    monkeypatch.setattr(api, "_device", lambda array: Hopper())
+
+
+@pytest.mark.usefixtures("hopper")
+class TestLowering:
+    """Mosaic's layout inference accepts the kernels; no GPU is needed to see that."""
+
+    def lower(self, attend, *shapes, sharding=None):
+        inputs = [jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=sharding) for s in shapes]
+        loss = lambda *x: jnp.sum(attend(*x).astype(jnp.float32) ** 2)
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*inputs)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    @pytest.mark.parametrize("dim", [40, 64, 128])
+    @pytest.mark.parametrize(
+        "options", [{}, {"is_causal": True}, {"local_window_size": (9, 0)}], ids=str
+    )
+    def test_three_kernels(self, dim, options):
+        attend = functools.partial(sage_attention, **options)
+        text = self.lower(attend, (2, 200, 4, dim), (2, 333, 2, dim), (2, 333, 2, dim))
+        assert text.count("mosaic_gpu_v2") == 3
+
+    @pytest.mark.parametrize("spec", [jax.P("data"), jax.P(None, None, "data")], ids=str)
+    def test_shard_map_over_batch_or_heads_needs_no_collective(self, spec):
+        types = (jax.sharding.AxisType.Auto,)
+        mesh = jax.make_mesh((2,), ("data",), axis_types=types, devices=jax.devices()[:2])
+        attend = jax.shard_map(
+            functools.partial(sage_attention, is_causal=True),
+            mesh=mesh,
+            in_specs=(spec,) * 3,
+            out_specs=spec,
+        )
+        text = self.lower(attend, *[(2, 200, 2, 64)] * 3, sharding=jax.NamedSharding(mesh, spec))
+        assert text.count("mosaic_gpu_v2") == 3
+        for collective in ("all_gather", "all_reduce", "all_to_all", "collective_permute"):
+            assert collective not in text
 
 
 @pytest.mark.gpu

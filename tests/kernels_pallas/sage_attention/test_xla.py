@@ -1,5 +1,6 @@
 """The reference implementation, and what only it can show: exactness without quantization."""
 
+import functools
 import re
 
 import jax
@@ -11,6 +12,7 @@ from kernels_pallas import sage_attention
 from kernels_pallas.sage_attention import reference, vjp
 from kernels_pallas.sage_attention.masking import Masking, Structure, coverage
 from kernels_pallas.sage_attention.reference import Options
+from kernels_pallas.sage_attention.tiling import Tiling
 from tests.conformance.attention import AttentionConformance, draw
 from tests.conformance.exact_attention import exact_attention, relative_l2
 
@@ -162,3 +164,39 @@ def test_sharded_batches_and_heads_need_no_communication(spec):
     assert not re.findall(r"all-gather|all-reduce|all-to-all|collective-permute", program)
     expected = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*map(np.asarray, inputs))
     jax.tree.map(np.testing.assert_array_equal, gradient(*inputs), expected)
+
+
+# SageBwd (arXiv 2603.02170), Table 1: relative L2 of O, dQ, dK, dV by the deviation of Q and K.
+PUBLISHED = {
+    1.0: (0.0160, 0.0184, 0.0220, 0.0159),
+    3.0: (0.0389, 0.0758, 0.0777, 0.0387),
+    5.0: (0.0603, 0.2014, 0.2007, 0.0605),
+    8.0: (0.0972, 0.4666, 0.4699, 0.0973),
+}
+
+
+@pytest.mark.parametrize("sigma", PUBLISHED)
+def test_errors_are_those_of_the_paper(sigma):
+    query, key, value, d_out = draw(int(sigma) + 64, queries=1024, heads=2)
+    inputs = (sigma * query, sigma * key, value, d_out)
+    attend = functools.partial(sage_attention, implementation="xla", is_causal=True)
+    out, pullback = jax.vjp(attend, *inputs[:3])
+    exact, _, gradients = exact_attention(*inputs, is_causal=True)
+    actual = [relative_l2(out, exact)]
+    actual += [relative_l2(x, y) for x, y in zip(pullback(d_out), gradients, strict=False)]
+    assert np.all(np.array(actual) <= 1.15 * np.array(PUBLISHED[sigma]))
+
+
+def test_one_scale_a_tile_is_less_accurate():
+    inputs = draw(3, queries=512)
+    masking = Masking(None, jnp.array([512], jnp.int32), jnp.array([512], jnp.int32))
+    errors = {}
+    for scales in ("tile", "vector"):
+        tiling = Tiling(gradient_scales=scales)
+        options = Options(0.125, Structure(False, None), tiling=tiling)
+        attend = lambda *x, options=options: vjp.attention(reference, options, *x, None, masking)[0]
+        gradients = jax.vjp(attend, *map(jnp.asarray, inputs[:3]))[1](jnp.asarray(inputs[3]))
+        expected = exact_attention(*inputs)[2]
+        errors[scales] = [relative_l2(x, y) for x, y in zip(gradients, expected, strict=False)]
+    assert np.all(2 * np.array(errors["vector"]) <= 1.1 * np.array(errors["tile"]))
+    assert np.max(errors["tile"]) <= 0.052
