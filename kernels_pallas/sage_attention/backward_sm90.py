@@ -37,13 +37,14 @@ from kernels_pallas.mosaic.products import (
 from kernels_pallas.sage_attention.problem import (
     COMPILER_PARAMS,
     COMPUTE_WARPGROUPS,
+    LARGEST_SCALE,
     ROWS,
     Problem,
 )
 
 _LOG2_E = math.log2(math.e)
 _SQUARE = (ROWS, ROWS)
-_TINY = 1e-30
+_TINY = 1e-36  # 127 divided by it is still finite
 
 
 class Operands(NamedTuple):
@@ -114,7 +115,7 @@ def query_gradient(problem: Problem, operands: Operands, *, stages: int) -> jax.
             def ds(s_sum, dp_sum):
                 s_sum.add(q_sm.at[wg], k_sm.at[slot])
                 dp_sum.add(do_sm.at[wg], v_sm.at[slot])
-                c = sq * sk
+                c = jnp.minimum(sq * sk, LARGEST_SCALE)
                 p = jnp.exp2(s_sum.read(1) * c - rows(lse + MAGIC * c, _SQUARE))
                 ds = p * (dp_sum.read() - rows(delta, _SQUARE))
                 if masked:
@@ -212,7 +213,7 @@ def key_value_gradients(
                 def p_and_ds(s_sum, dp_sum):
                     s_sum.add(k_sm.at[wg], q_sm.at[slot])
                     dp_sum.add(v_sm.at[wg], do_sm.at[slot])
-                    c = sk * sq
+                    c = jnp.minimum(sk * sq, LARGEST_SCALE)
                     lse = plgpu.load(rows_sm.at[slot, 0], layout=COLUMN)
                     p = jnp.exp2(s_sum.read(1) * c - columns(lse + MAGIC * c, _SQUARE))
                     if masked:

@@ -32,6 +32,7 @@ from kernels_pallas.mosaic.products import (
 from kernels_pallas.sage_attention.problem import (
     COMPILER_PARAMS,
     COMPUTE_WARPGROUPS,
+    LARGEST_SCALE,
     ROWS,
     Problem,
 )
@@ -140,7 +141,8 @@ def forward(
             def visit(step, carry, *, masked):
                 acc, m, total = carry
                 slot = slot_of(step)
-                s_scale, v_s = sq * k_scale[b, kv_head, step], v_scale[b, kv_head, step]
+                s_scale = jnp.minimum(sq * k_scale[b, kv_head, step], LARGEST_SCALE)
+                v_s = v_scale[b, kv_head, step]
                 s = scores(slot)
                 plgpu.barrier_arrive(k_free.at[slot])
                 if masked:
@@ -154,11 +156,14 @@ def forward(
                 alpha, beta = jnp.exp2(m - m_new), jnp.exp2(m_tile - m_new)
                 shift = m_tile + MAGIC * s_scale
                 p = jnp.exp2(s * s_scale - rows(shift, s.shape))
+                # The shift is rounded: the row's largest P is off 1 by a factor that is known, all
+                # of the row is. Without the correction codes could pass 127 and wrap around.
+                correction = jnp.exp2(shift - largest * s_scale)
                 if masked:
                     p = jnp.where(s == _LOWEST, 0.0, p)
-                p8 = pack_int8(p * 127.0 + MAGIC, interpret=interpret)
+                p8 = pack_int8(p * rows(correction * 127.0, p.shape) + MAGIC, interpret=interpret)
                 acc *= rows(alpha, acc.shape)
-                total = total * alpha + p.sum(axis=1) * beta
+                total = total * alpha + p.sum(axis=1) * (beta * correction)
                 gain = beta * v_s
                 acc, total, m_new, p8, gain = lax.optimization_barrier(
                     (acc, total, m_new, p8, gain)

@@ -32,6 +32,15 @@ COMPILER_PARAMS = plgpu.CompilerParams(
 """How the kernels are compiled."""
 
 
+LARGEST_SCALE = 2.0**-3
+"""Bound on what one step of an integer score is worth, in units of log 2.
+
+The kernels subtract the largest score from MAGIC plus the score, so the rounding of that, 2**-24 of
+MAGIC times the scale, must stay small. Beyond the bound, scores are of the order of 1e5, and
+softmax picks one key anyway.
+"""
+
+
 class Span(NamedTuple):
     """A range of tiles, of which those from `inner_first` to `inner_last` need no mask.
 

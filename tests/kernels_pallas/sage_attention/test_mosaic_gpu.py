@@ -152,6 +152,27 @@ class TestInterpreted:
             key[0, 5, 0, 0] = np.inf
             assert not np.isfinite(attend(query, key, value)[:, :100]).any()
 
+    @pytest.mark.parametrize("sigma", [3.0, 10.0, 30.0])
+    def test_scores_of_large_spread(self, sigma):
+        """There the scores' own rounding shows: a code above 127 would wrap around."""
+        query, key, value, d_out = draw(21, queries=200, heads=1, dim=128)
+        inputs = [np.float32(sigma) * query, np.float32(sigma) * key, value, d_out]
+        with interpreted(detect_races=False):
+            compare(inputs, bound={3.0: 3e-3, 10.0: 2e-2, 30.0: 0.1}[sigma])
+
+    @pytest.mark.parametrize("magnitude", [0.0, 1e-30, 1e-9, 1e4])
+    def test_extreme_magnitudes(self, magnitude):
+        inputs = [np.float32(magnitude) * x for x in draw(15, queries=70, heads=1)]
+        attend = functools.partial(sage_attention, implementation="mosaic_gpu", is_causal=True)
+        with interpreted(detect_races=False):
+            results = with_gradients(attend, inputs)
+        assert all(np.isfinite(x).all() for x in results)
+        if magnitude in (0.0, 1e-9):  # there the scores vanish, but nothing underflows
+            expected = with_gradients(like_the_kernels(keys=70, is_causal=True), inputs)
+            for actual, wanted in zip(results, expected, strict=True):
+                floor = 1e-6 * np.linalg.norm(inputs[2])
+                assert np.linalg.norm(actual - wanted) <= 3e-3 * np.linalg.norm(wanted) + floor
+
     def test_vmap_and_residual(self):
         inputs = draw(17, batch=2, queries=70, heads=1)
         attend = functools.partial(
