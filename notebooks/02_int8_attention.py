@@ -203,8 +203,8 @@ for index, (operands, d_out) in enumerate(zip(operands_of, d_outs, strict=True))
     )  # fmt: skip
 
 # %% [markdown]
-# The output is closer than on random numbers, because part of it is the mean of the values, which is
-# not rounded; the gradients are as far off as there, but for one block's dQ.
+# The output is closer than on random numbers, because part of it is the mean of the values,
+# which is not rounded; the gradients are as far off as there, but for one block's dQ.
 
 # %%
 plt.figure(figsize=(5, 3))
