@@ -86,6 +86,7 @@ def _unsupported_mosaic_gpu(call: _Call) -> str | None:
         call.query.shape[-1],
         has_bias=call.bias is not None,
         has_mask=call.masking.mask is not None,
+        has_segments=call.masking.segments is not None,
         device=None if interpreting() else _device(call.query),
     )
 
@@ -144,6 +145,8 @@ def sage_attention(
     query_seq_lengths: Int[ArrayLike, " batch"] | None = None,
     key_value_seq_lengths: Int[ArrayLike, " batch"] | None = None,
     local_window_size: int | tuple[int, int] | None = None,
+    query_segment_ids: Int[ArrayLike, "*batch queries"] | None = None,
+    key_value_segment_ids: Int[ArrayLike, "*batch keys"] | None = None,
     implementation: Implementation | None = None,
     return_residual: bool = False,
     smooth_values: bool = False,
@@ -177,9 +180,12 @@ def sage_attention(
         query_seq_lengths: int (batch,); queries beyond it are padding and give zeros.
         key_value_seq_lengths: int (batch,); keys beyond it are padding and are not attended to.
         local_window_size: (left, right), or one int for both: query t sees keys t-left … t+right.
-        implementation: "mosaic_gpu" runs on Hopper GPUs, without bias and mask and with a head_dim
-            up to 128; "xla" runs on every device. None picks the first that supports the call,
-            which `explain` tells.
+        query_segment_ids: int (batch, queries), the number of the document that each token of a
+            packed sequence belongs to; a query attends to keys of its own number only.
+        key_value_segment_ids: the same for the keys; both are given or none.
+        implementation: "mosaic_gpu" runs on Hopper GPUs, without bias, mask and segments and with a
+            head_dim up to 128; "xla" runs on every device. None picks the first that supports the
+            call, which `explain` tells.
         return_residual: also return the log-sum-exp of the scores, float32 (batch, queries, heads).
         smooth_values: quantize the values less their mean over the tokens, which is added to the
             output. Not in the paper. Use it where channels of the values have means far above
@@ -208,6 +214,8 @@ def sage_attention(
         query_seq_lengths=query_seq_lengths,
         key_value_seq_lengths=key_value_seq_lengths,
         local_window_size=local_window_size,
+        query_segment_ids=query_segment_ids,
+        key_value_segment_ids=key_value_segment_ids,
         return_residual=return_residual,
         smooth_values=smooth_values,
         flax_options=flax_options,
@@ -279,6 +287,8 @@ def _canonical(
     query_seq_lengths=None,
     key_value_seq_lengths=None,
     local_window_size=None,
+    query_segment_ids=None,
+    key_value_segment_ids=None,
     return_residual=False,
     smooth_values=False,
     flax_options,
@@ -306,6 +316,10 @@ def _canonical(
         mask,
         _check_lengths("query_seq_lengths", query_seq_lengths, batch, queries),
         _check_lengths("key_value_seq_lengths", key_value_seq_lengths, batch, keys),
+        _check_segments(
+            (query_segment_ids, key_value_segment_ids),
+            ((*batch_shape, queries), (*batch_shape, keys)),
+        ),
     )
     structure = Structure(bool(is_causal), _check_window(local_window_size, queries + keys))
     scale = _check_scale(scale, head_dim)
@@ -381,6 +395,27 @@ def _check_lengths(name, lengths, batch, tokens):
         raise ValueError(f"{name} must lie in [0, {tokens}], got {lengths.tolist()}")
     # Values that are only known when the program runs cannot raise; they are cut off.
     return jnp.clip(jnp.asarray(lengths, jnp.int32), 0, tokens)
+
+
+def _check_segments(segments, shapes):
+    """Segment ids as int32 (batch, tokens)."""
+    names = ("query_segment_ids", "key_value_segment_ids")
+    given = [ids is not None for ids in segments]
+    if not any(given):
+        return None
+    if not all(given):
+        raise ValueError(
+            f"{names[0]} and {names[1]} must be given together, got only {names[given.index(True)]}"
+        )
+    checked = []
+    for name, ids, shape in zip(names, segments, shapes, strict=True):
+        ids = jnp.asarray(ids)
+        if not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise TypeError(f"{name} must hold integers, got {ids.dtype}")
+        if ids.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {ids.shape}")
+        checked.append(ids.astype(jnp.int32).reshape(-1, shape[-1]))
+    return tuple(checked)
 
 
 def _check_window(window, widest):

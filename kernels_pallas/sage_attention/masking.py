@@ -26,11 +26,14 @@ class Masking(NamedTuple):
         mask: bool (batch|1, heads|1, queries|1, keys|1), True where attention is allowed, or None.
         query_lengths: int32 (batch|1,), rows at or beyond it attend to nothing.
         key_lengths: int32 (batch|1,), keys at or beyond it are attended by nobody.
+        segments: None, or int32 (batch, queries) and (batch, keys): a query attends to keys of
+            its own number only.
     """
 
     mask: jax.Array | None
     query_lengths: jax.Array
     key_lengths: jax.Array
+    segments: tuple[jax.Array, jax.Array] | None = None
 
 
 def tile_of_keys(array: jax.Array, start: jax.Array, block: int) -> jax.Array:
@@ -59,6 +62,10 @@ def visible(
         allowed &= (column >= row - left) & (column <= row + right)
     if masking.mask is not None:
         allowed &= tile_of_keys(masking.mask, start, block)
+    if masking.segments is not None:
+        of_query, of_key = masking.segments
+        of_tile = lax.dynamic_slice_in_dim(of_key, start, block, axis=1)
+        allowed &= of_query[:, None, :, None] == of_tile[:, None, None, :]
     return allowed
 
 
@@ -67,7 +74,8 @@ def coverage(
 ) -> tuple[jax.Array, jax.Array]:
     """Find the queries that attend to anything and the keys that anybody attends to.
 
-    Without an explicit mask, what a query sees is an interval of keys, and the answer is a formula.
+    Without an explicit mask or segments, what a query sees is an interval of keys, and the answer
+    is a formula.
 
     Args:
         masking: the traced half of the mask, padded to `queries` and `keys`.
@@ -79,7 +87,7 @@ def coverage(
     Returns:
         bool (batch|1, heads|1, queries) and bool (batch|1, heads|1, keys).
     """
-    if masking.mask is None:
+    if masking.mask is None and masking.segments is None:
         return _seen(masking, structure, queries, keys)
 
     def examine(attending, start):

@@ -56,13 +56,16 @@ class Options:
         return Tiling(block_q=ROWS, block_kv=self.block_kv, gradient_block_kv=ROWS)
 
 
-def unsupported(head_dim: int, *, has_bias: bool, has_mask: bool, device: Any) -> str | None:
+def unsupported(
+    head_dim: int, *, has_bias: bool, has_mask: bool, has_segments: bool, device: Any
+) -> str | None:
     """Says why a call cannot use the kernels; None if it can.
 
     Args:
         head_dim: of query, key and value.
         has_bias: whether a bias is given.
         has_mask: whether a mask is given.
+        has_segments: whether segment ids are given.
         device: where the call runs; None in the interpreter.
     """
     if device is not None:
@@ -76,8 +79,9 @@ def unsupported(head_dim: int, *, has_bias: bool, has_mask: bool, device: Any) -
                 "it needs compute capability 9.0 (H100, H200), "
                 f"{device.device_kind} has {capability}"
             )
-    if has_bias or has_mask:
-        given = " and ".join(name for name, on in (("bias", has_bias), ("mask", has_mask)) if on)
+    flags = {"bias": has_bias, "mask": has_mask, "segment ids": has_segments}
+    given = " and ".join(name for name, on in flags.items() if on)
+    if given:
         return f"it takes no {given}; causal masks, local windows and sequence lengths it does take"
     if head_dim % 8 or head_dim > _LARGEST_HEAD_DIM:
         return f"head_dim must be a multiple of 8 up to {_LARGEST_HEAD_DIM}, got {head_dim}"

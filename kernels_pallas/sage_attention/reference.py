@@ -359,7 +359,13 @@ class _Layout:
         return jnp.pad(x, ((0, 0), (0, 0), (0, rows), (0, columns)))
 
     def pad_masking(self, masking):
-        return masking._replace(mask=self.pad_pairs(masking.mask))
+        """Pad the mask and the segments; what the padding holds is cut off by the lengths."""
+        segments = masking.segments
+        if segments is not None:
+            sizes = (self.padded_queries - self.queries, self.padded_keys - self.keys)
+            pairs = zip(segments, sizes, strict=True)
+            segments = tuple(jnp.pad(ids, ((0, 0), (0, size))) for ids, size in pairs)
+        return masking._replace(mask=self.pad_pairs(masking.mask), segments=segments)
 
     def reduce_to_bias(self, ds_BKGIqs, bias):
         """Sum the gradient of one tile of scores over the broadcast axes of the bias."""

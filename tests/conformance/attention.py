@@ -136,6 +136,18 @@ class AttentionConformance:
         mask = np.random.default_rng(0).random(shape) < 0.7
         self.check(draw(29, batch=2, queries=90, keys=130, heads=4, kv_heads=2), mask=mask)
 
+    @pytest.mark.parametrize("is_causal", [False, True])
+    def test_segments(self, is_causal):
+        """Packed sequences: documents of uneven length, one of a single token, one unseen."""
+        inputs = draw(30, batch=2, queries=150, heads=4, kv_heads=2)
+        of_query = np.stack([np.repeat([3, 1, 7], [80, 1, 69]), np.repeat([0, 1], [20, 130])])
+        of_key = np.stack([np.repeat([3, 1, 7], [80, 1, 69]), np.repeat([0, 2, 1], [20, 9, 121])])
+        segments = {"query_segment_ids": of_query, "key_value_segment_ids": of_key}
+        mask = of_query[:, None, :, None] == of_key[:, None, None, :]
+        expected = self.check(inputs, mask=mask, is_causal=is_causal)
+        actual = self.run(*inputs, **segments, is_causal=is_causal)
+        jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
     @pytest.mark.parametrize("scale", [0.02, 1.0])
     def test_scale(self, scale):
         self.check(draw(31, dim=16), scale=scale, gradient_error=0.12)

@@ -277,6 +277,9 @@ class TestRefusals:
                 attend(query, key, value, jnp.zeros((1, 1, 70, 70)))
             with pytest.raises(NotImplementedError, match="takes no mask; causal masks"):
                 attend(query, key, value, mask=jnp.ones((1, 1, 70, 70), bool))
+            ids = jnp.zeros((1, 70), jnp.int32)
+            with pytest.raises(NotImplementedError, match="takes no segment ids; causal masks"):
+                attend(query, key, value, query_segment_ids=ids, key_value_segment_ids=ids)
             for dim in (36, 136):
                 query, key, value, _ = draw(23, queries=70, dim=dim)
                 with pytest.raises(
@@ -301,7 +304,9 @@ class TestRefusals:
         class Ampere:
             platform, device_kind, compute_capability = "gpu", "NVIDIA A100", "8.0"
 
-        reason = mosaic_gpu.unsupported(64, has_bias=False, has_mask=False, device=Ampere())
+        reason = mosaic_gpu.unsupported(
+            64, has_bias=False, has_mask=False, has_segments=False, device=Ampere()
+        )
         assert reason == "it needs compute capability 9.0 (H100, H200), NVIDIA A100 has 8.0"
 
 
@@ -354,8 +359,9 @@ class TestLowering:
 @pytest.mark.gpu
 class TestOnTheGpu(AttentionConformance):
     implementation = "mosaic_gpu"
-    # These pass masks or biases, which the kernels refuse.
+    # These pass masks, biases or segments, which the kernels refuse.
     test_masks_of_every_shape = None
+    test_segments = None
     test_bias_and_its_gradient = None
     test_a_bias_that_shifts_a_whole_row_changes_nothing = None
     test_visible_nan_and_infinity_are_not_hidden = None

@@ -110,6 +110,27 @@ GOOD = jnp.zeros((2, 8, 4, 16))
         (TypeError, r"an int or \(left, right\) ints, got True", {"local_window_size": True}),
         (ValueError, r"float scalar, got float32 of shape \(16,\)", {"scale": jnp.ones((16,))}),
         (ValueError, r"number or a float scalar, got 'a'", {"scale": "a"}),
+        (
+            ValueError,
+            "given together, got only query_segment_ids",
+            {"query_segment_ids": np.zeros((2, 8), np.int32)},
+        ),
+        (
+            ValueError,
+            r"key_value_segment_ids must have shape \(2, 8\), got \(8,\)",
+            {
+                "query_segment_ids": np.zeros((2, 8), np.int32),
+                "key_value_segment_ids": np.zeros(8, np.int32),
+            },
+        ),
+        (
+            TypeError,
+            "query_segment_ids must hold integers, got float32",
+            {
+                "query_segment_ids": np.zeros((2, 8), np.float32),
+                "key_value_segment_ids": np.zeros((2, 8), np.int32),
+            },
+        ),
         (ValueError, r"one of 'mosaic_gpu', 'xla', got 'cudnn'", {"implementation": "cudnn"}),
         (ValueError, r"one of 'mosaic_gpu', 'xla', got \['xla'\]", {"implementation": ["xla"]}),
         (NotImplementedError, r"own matrix products", {"qk_attn_weights_einsum": jnp.einsum}),
