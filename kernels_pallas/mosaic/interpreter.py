@@ -4,8 +4,6 @@ import contextlib
 import contextvars
 from collections.abc import Iterator
 
-from jax.experimental.pallas import mosaic_gpu as plgpu
-
 _interpreting = contextvars.ContextVar("interpreting", default=False)
 
 
@@ -25,6 +23,8 @@ def interpreted(*, detect_races: bool = True) -> Iterator[None]:
     Args:
         detect_races: also look for races, which raise.
     """
+    from jax.experimental.pallas import mosaic_gpu as plgpu  # slow to import, and only for tests
+
     parameters = plgpu.InterpretGPUParams(
         detect_races=detect_races,
         out_of_bounds_reads="raise",
