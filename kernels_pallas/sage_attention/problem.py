@@ -143,20 +143,8 @@ class Problem:
             keys: keys that are attended to.
             block_kv: keys in a tile.
         """
-        end = jnp.minimum(row + rows, queries)
-        first, inner_first, inner_last, last = _tiles(
-            row, end, self.left, self.right, keys, block_kv
-        )
-        after = self.right is not None or self._cuts_keys(block_kv)
-        before = self.left is not None
-        return Span(
-            first,
-            inner_first if before else first,
-            inner_last if after else last,
-            last,
-            before,
-            after,
-        )
+        end, cut = jnp.minimum(row + rows, queries), self._cuts_keys(block_kv)
+        return _span(row, end, self.left, self.right, keys, block_kv, masks_limit=cut)
 
     def queries_seeing(
         self, column: jax.Array, columns: int, queries: jax.Array, keys: jax.Array, block_q: int
@@ -167,18 +155,7 @@ class Problem:
         log-sum-exp, the gradients of the latter are cut off at the end.
         """
         end = jnp.minimum(column + columns, keys)
-        first, inner_first, inner_last, last = _tiles(
-            column, end, self.right, self.left, queries, block_q
-        )
-        before, after = self.right is not None, self.left is not None
-        return Span(
-            first,
-            inner_first if before else first,
-            inner_last if after else last,
-            last,
-            before,
-            after,
-        )
+        return _span(column, end, self.right, self.left, queries, block_q, masks_limit=False)
 
     def visible(
         self, shape: tuple[int, ...], row: jax.Array, column: jax.Array, keys: jax.Array
@@ -215,16 +192,20 @@ def round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def _tiles(start, end, left, right, limit, block):
+def _span(start, end, left, right, limit, block, *, masks_limit) -> Span:
     """Tiles that [start, end) reaches, where t reaches from t - left to t + right below `limit`."""
     lowest = lambda t: jnp.int32(0) if left is None else jnp.maximum(t - left, 0)
     highest = lambda t: limit if right is None else jnp.minimum(t + right + 1, limit)
     first = lax.div(lowest(start), jnp.int32(block))
     last = jnp.where(end > start, _ceil_div(highest(end - 1), block), first)
     last = jnp.maximum(first, last)
-    inner_first = jnp.clip(_ceil_div(lowest(end - 1), block), first, last)
-    inner_last = jnp.clip(lax.div(highest(start), jnp.int32(block)), inner_first, last)
-    return first, inner_first, inner_last, last
+    before, after = left is not None, right is not None or masks_limit
+    inner_first, inner_last = first, last
+    if before:
+        inner_first = jnp.clip(_ceil_div(lowest(end - 1), block), first, last)
+    if after:
+        inner_last = jnp.clip(lax.div(highest(start), jnp.int32(block)), inner_first, last)
+    return Span(first, inner_first, inner_last, last, before, after)
 
 
 def _ceil_div(x, y: int):
