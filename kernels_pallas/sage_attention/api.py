@@ -72,7 +72,7 @@ def _mosaic_gpu(call: _Call):
         ragged_queries=call.has_lengths[0],
         ragged_keys=call.has_lengths[1],
         return_logsumexp=call.return_residual,
-        block_kv=mosaic_gpu.choose_block_kv(call.key.shape[1]),
+        tiling=mosaic_gpu.tiling_for(call.key.shape[1]),
         interpret=interpreting(),
     )
     arrays = call.query, call.key, call.value, None, call.masking

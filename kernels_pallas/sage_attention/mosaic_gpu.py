@@ -37,7 +37,7 @@ class Options:
         ragged_queries: whether lengths of the queries are given when the program runs.
         ragged_keys: the same for keys.
         return_logsumexp: whether the log-sum-exp is wanted.
-        block_kv: keys in a tile of the forward pass; they share a scale.
+        tiling: what shares a scale, from `tiling_for`.
         interpret: whether the kernels run in the interpreter.
     """
 
@@ -47,13 +47,8 @@ class Options:
     ragged_queries: bool
     ragged_keys: bool
     return_logsumexp: bool
-    block_kv: int
+    tiling: Tiling
     interpret: bool
-
-    @property
-    def tiling(self) -> Tiling:
-        """What shares a scale."""
-        return Tiling(block_q=ROWS, block_kv=self.block_kv, gradient_block_kv=ROWS)
 
 
 def unsupported(
@@ -88,9 +83,9 @@ def unsupported(
     return None
 
 
-def choose_block_kv(keys: int) -> int:
-    """Returns the keys in a tile of the forward pass: 256, less for short sequences."""
-    return 256 if keys > 128 else 128
+def tiling_for(keys: int) -> Tiling:
+    """Returns what shares a scale in the kernels: 256 keys, fewer in short sequences."""
+    return Tiling(block_q=ROWS, block_kv=256 if keys > 128 else 128, gradient_block_kv=ROWS)
 
 
 class Residuals(NamedTuple):
@@ -137,9 +132,11 @@ def _forward(options, query, key, value, *lengths):
         value, value_mean = subtract_mean(value, attended, token_axes=(1,))
 
     query8 = _quantize(query, ROWS, COMPUTE_WARPGROUPS * ROWS)
-    key8 = _quantize(key, options.block_kv, options.block_kv)
-    value8 = _quantize(value, options.block_kv, options.block_kv)
-    tiles = forward_sm90.ForwardTiles(options.block_kv, _stages(_forward_bytes(problem, options)))
+    key8 = _quantize(key, options.tiling.block_kv, options.tiling.block_kv)
+    value8 = _quantize(value, options.tiling.block_kv, options.tiling.block_kv)
+    tiles = forward_sm90.ForwardTiles(
+        options.tiling.block_kv, _stages(_forward_bytes(problem, options))
+    )
     results = forward_sm90.forward(
         problem,
         tiles,
@@ -203,7 +200,7 @@ def _backward(options, shapes, residuals, d_out, d_logsumexp):
         query_scale=x.query.scale,
         key=x.key.codes,
         key_transposed=permute(x.key.codes.swapaxes(2, 3)),
-        key_scale=jnp.repeat(x.key.scale, options.block_kv // ROWS, axis=2),
+        key_scale=jnp.repeat(x.key.scale, options.tiling.block_kv // ROWS, axis=2),
         value=x.value,
         d_out=d_out.astype(x.value.dtype),
         d_out_transposed=permute(d_out8.codes.swapaxes(2, 3)),
@@ -351,7 +348,7 @@ def _forward_bytes(problem: Problem, options: Options) -> tuple[int, int]:
     """Returns the shared memory of the forward kernel, without stages and of a stage."""
     rows = COMPUTE_WARPGROUPS * ROWS * problem.head_dim
     return rows * (1 + jnp.dtype(problem.dtype).itemsize) + 4096, (
-        2 * options.block_kv * problem.head_dim
+        2 * options.tiling.block_kv * problem.head_dim
     )
 
 

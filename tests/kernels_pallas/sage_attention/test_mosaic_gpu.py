@@ -15,7 +15,6 @@ from kernels_pallas.mosaic import interpreted
 from kernels_pallas.sage_attention import mosaic_gpu, reference, vjp
 from kernels_pallas.sage_attention.masking import Masking, Structure
 from kernels_pallas.sage_attention.problem import Problem
-from kernels_pallas.sage_attention.tiling import Tiling
 from tests.conformance.attention import AttentionConformance, draw
 from tests.conformance.exact_attention import allowed_pairs, relative_l2
 
@@ -38,11 +37,10 @@ def like_the_kernels(*, smooth_values=False, keys, **options):
             )
         }
         structure = Structure(options.get("is_causal", False), options.get("local_window_size"))
-        tiling = Tiling(block_q=64, block_kv=mosaic_gpu.choose_block_kv(keys))
         settings = reference.Options(
             scale=options.get("scale", query.shape[-1] ** -0.5),
             structure=structure,
-            tiling=tiling,
+            tiling=mosaic_gpu.tiling_for(keys),
             smooth_values=smooth_values,
             product_dtype=jnp.float16 if query.dtype == jnp.float16 else jnp.bfloat16,
         )
