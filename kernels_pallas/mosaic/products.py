@@ -1,6 +1,6 @@
 """Products of 8-bit integers on Hopper's tensor cores, with their results as float32 at no cost.
 
-Three tricks carry the INT8 kernels; `docs/sage_attention.md` explains them with their figures.
+Three tricks carry the INT8 kernels; see also `docs/sage_attention.md`.
 
 1.  **Magic accumulators.** 0x4B400000 is the bit pattern of the float MAGIC = 1.5 * 2**23. An int32
     accumulator that starts there is, read as float32, MAGIC + x, exactly, while |x| < 2**22: the

@@ -65,8 +65,10 @@ def _xla(call: _Call):
 def _mosaic_gpu(call: _Call):
     from kernels_pallas.sage_attention import mosaic_gpu
 
+    # The kernels find the largest score before they scale, so the sign belongs to the query.
+    query, scale = (call.query, call.scale) if call.scale >= 0 else (-call.query, -call.scale)
     options = mosaic_gpu.Options(
-        scale=call.scale,
+        scale=scale,
         structure=call.structure,
         smooth_values=call.smooth_values,
         ragged_queries=call.has_lengths[0],
@@ -75,7 +77,7 @@ def _mosaic_gpu(call: _Call):
         tiling=mosaic_gpu.tiling_for(call.key.shape[1]),
         interpret=interpreting(),
     )
-    arrays = call.query, call.key, call.value, None, call.masking
+    arrays = query, call.key, call.value, None, call.masking
     return vjp.attention(mosaic_gpu, options, *arrays)
 
 

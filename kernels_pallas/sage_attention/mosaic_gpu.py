@@ -31,7 +31,7 @@ class Options:
     """What is fixed when the program is compiled.
 
     Attributes:
-        scale: factor on the scores.
+        scale: factor on the scores, not negative.
         structure: causal mask and local window.
         smooth_values: subtract the mean value before quantization and add it to the output.
         ragged_queries: whether lengths of the queries are given when the program runs.

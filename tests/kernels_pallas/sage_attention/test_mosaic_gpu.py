@@ -84,6 +84,8 @@ CASES = {
     "one token": ({"queries": 1}, {}),
     "smooth values": ({"queries": 130}, {"smooth_values": True}),
     "scale": ({"queries": 130}, {"scale": 0.3}),
+    "negative scale": ({"queries": 130}, {"scale": -0.2, "is_causal": True}),
+    "scale of zero": ({"queries": 130}, {"scale": 0.0}),
 }
 
 
