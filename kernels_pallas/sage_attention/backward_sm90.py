@@ -11,6 +11,7 @@ scale leaves the product, and its maximum needs no other warp.
 # Pallas' decorators are typed more narrowly than they work.
 # pyright: reportCallIssue=false
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -30,21 +31,26 @@ from kernels_pallas.mosaic.products import (
     accumulate,
     columns,
     full,
-    pack_int8,
+    join,
+    quantize_half,
     rows,
     tile,
+    to_half,
 )
 from kernels_pallas.sage_attention.problem import (
     COMPILER_PARAMS,
     COMPUTE_WARPGROUPS,
     LARGEST_SCALE,
     ROWS,
+    TILE,
     Problem,
 )
 
+HALF_EXPONENT = 15
+"""P, at most 1, and dS go through float16 multiplied by 2**15, close to the largest float16."""
+
 _LOG2_E = math.log2(math.e)
 _SQUARE = (ROWS, ROWS)
-_TINY = 1e-36  # 127 divided by it is still finite
 
 
 class Operands(NamedTuple):
@@ -53,16 +59,19 @@ class Operands(NamedTuple):
     Attributes:
         query: int8 (batch, heads, queries, head_dim), padded to a multiple of 128 queries.
         query_transposed: int8 (batch, heads, head_dim, queries), permuted along the queries.
-        query_scale: float32 (batch, heads, queries / 64).
+        query_scale: float32 (batch, heads, queries / 128).
         key: int8 (batch, kv_heads, keys, head_dim), padded to a multiple of 128 keys.
         key_transposed: int8 (batch, kv_heads, head_dim, keys), permuted along the keys.
-        key_scale: float32 (batch, kv_heads, keys / 64).
+        key_scale: float32 (batch, kv_heads, keys / 128).
         value: `problem.key_shape`, 16 bits.
         d_out: `problem.query_shape`, 16 bits.
         d_out_transposed: int8 like `query_transposed`.
-        d_out_scale: float32 (batch, heads, queries / 64).
-        statistics: float32 (batch, heads, queries / 64, 2, 64), for each row its log-sum-exp in
-            units of log 2 (infinite for rows that attend to nothing) and D = rowsum(dO * O).
+        d_out_scale: float32 (batch, heads, queries / 128).
+        bound: float32 (batch, heads), powers of two that dP - D does not exceed.
+        tile_bound: the same for each tile of queries, (batch, heads, queries / 128).
+        statistics: float32 (batch, heads, queries / 128, 2, 128), for each row its log-sum-exp in
+            units of log 2 (infinite for rows that attend to nothing) less HALF_EXPONENT, and
+            D = rowsum(dO * O) divided by `bound`.
         query_length: int32 (batch,), queries that attend to something.
         key_length: int32 (batch,), keys that are attended to.
     """
@@ -77,6 +86,8 @@ class Operands(NamedTuple):
     d_out: jax.Array
     d_out_transposed: jax.Array
     d_out_scale: jax.Array
+    bound: jax.Array
+    tile_bound: jax.Array
     statistics: jax.Array
     query_length: jax.Array
     key_length: jax.Array
@@ -91,6 +102,7 @@ def query_gradient(problem: Problem, operands: Operands, *, stages: int) -> jax.
         stages: tiles of keys in flight.
     """
     head_dim, interpret = problem.head_dim, problem.interpret
+    last_tile = operands.key_scale.shape[2] - 1
     score_scale = problem.scale * _LOG2_E
 
     def compute(refs, fixed_sm, moving_sm, barriers, position):
@@ -98,42 +110,58 @@ def query_gradient(problem: Problem, operands: Operands, *, stages: int) -> jax.
         (q_sm, do_sm, out_sm), ((k_sm, v_sm), (kt_sm,)) = fixed_sm, moving_sm
         b, h, kv_head, row, used, span = position
         wg = lax.axis_index("wg")
-        here, block = pl.ds(row, ROWS), lax.div(row, jnp.int32(ROWS))
+        here, block = pl.ds(row, ROWS), lax.div(row, jnp.int32(TILE))
+        inside = pl.ds(lax.rem(row, jnp.int32(TILE)), ROWS)
         plgpu.copy_gmem_to_smem(x.query.at[b, h, here], q_sm.at[wg], barriers.fixed.at[wg])
         plgpu.copy_gmem_to_smem(x.d_out.at[b, here, h], do_sm.at[wg], barriers.fixed.at[wg])
         sq = x.query_scale[b, h, block] * score_scale
+        bound = x.tile_bound[b, h, block]
+        inverse_bound = 1.0 / bound
         lse, delta = (
-            plgpu.load(x.statistics.at[b, h, block, i], layout=ROW, optimized=False) for i in (0, 1)
+            plgpu.load(x.statistics.at[b, h, block, i, inside], layout=ROW, optimized=False)
+            for i in (0, 1)
         )
+        delta *= x.bound[b, h] * inverse_bound
+        scale_of = lambda step: x.key_scale[b, kv_head, jnp.minimum(step, last_tile)]
         plgpu.barrier_wait(barriers.fixed.at[wg])
 
-        def visit(step, dq, *, masked):
-            slot = barriers.slot(step - span.first)
-            sk = x.key_scale[b, kv_head, step]
-            plgpu.barrier_wait(barriers.arrived[0].at[slot])
+        def visit(step, carry, *, masked):
+            dq, excess, sk = carry
+            slot, sign = barriers.slot(step - span.first), _alternating(step)
+            next_sk = scale_of(step + 1)
+            barriers.wait(0, slot)
 
-            def ds(s_sum, dp_sum):
+            def scores(s_sum, dp_sum):
                 s_sum.add(q_sm.at[wg], k_sm.at[slot])
                 dp_sum.add(do_sm.at[wg], v_sm.at[slot])
                 c = jnp.minimum(sq * sk, LARGEST_SCALE)
-                p = jnp.exp2(s_sum.read(1) * c - rows(lse + MAGIC * c, _SQUARE))
-                ds = p * (dp_sum.read() - rows(delta, _SQUARE))
+                p = jnp.exp2(s_sum.read(1) * c - rows(lse + MAGIC * c, shape))
                 if masked:
-                    ds = jnp.where(problem.visible(_SQUARE, row, step * ROWS, used[1]), ds, 0.0)
-                return _quantize_rows(ds, interpret)
+                    p = jnp.where(problem.visible(shape, row, step * TILE, used[1]), p, 0.0)
+                p = to_half(p, interpret=interpret)
+                dp = dp_sum.read() * inverse_bound - rows(delta, shape)
+                return (p * to_half(dp, interpret=interpret),)
 
-            ds8, ds_scale = accumulate(
-                ds, [Sum(_SQUARE, True), Sum(_SQUARE, False)], _quantized(), interpret=interpret
+            shape = (ROWS, TILE)
+            (ds,) = accumulate(
+                scores,
+                [Sum(shape, True), Sum(shape, False)],
+                [full(shape, 0.0, jnp.float16)],
+                interpret=interpret,
             )
-            plgpu.barrier_wait(barriers.arrived[1].at[slot])
-            dq = _add_products(dq, ds8, kt_sm.at[slot], ds_scale * sk, interpret)
-            plgpu.barrier_arrive(barriers.free.at[slot])
-            return dq
+            barriers.done(0, slot)
+            ds8, ds_scale = quantize_half([ds], sign, interpret=interpret)
+            barriers.wait(1, slot)
+            gain = ds_scale * (sk * bound * 2.0**-HALF_EXPONENT)
+            (dq,) = _add_products((dq,), ds8, kt_sm.at[slot], gain, sign, interpret)
+            barriers.done(1, slot)
+            return dq, excess + gain * (jnp.float32(sign) * MAGIC), next_sk
 
-        zeros = tuple(full(_SQUARE, 0.0) for _ in range(head_dim // ROWS))
-        for i, total in enumerate(span.fold(visit, zeros)):
-            part = pl.ds(i * ROWS, ROWS)
-            out_sm.at[wg, :, part][...] = (total * problem.scale).astype(problem.dtype)
+        start = full((ROWS, head_dim), 0.0), full((ROWS,), 0.0, layout=ROW), scale_of(span.first)
+        pl.when(wg == 1)(problem.stagger)
+        total, excess, _ = span.fold(visit, start)
+        total = (total - rows(excess, total.shape)) * problem.scale
+        out_sm.at[wg][...] = total.astype(problem.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out_sm.at[wg], dq.at[b, here, h])
         plgpu.wait_smem_to_gmem(0)
@@ -142,19 +170,19 @@ def query_gradient(problem: Problem, operands: Operands, *, stages: int) -> jax.
         b, h = lax.axis_index("batch"), lax.axis_index("heads")
         first = problem.longest_first(index, problem.query_blocks) * (COMPUTE_WARPGROUPS * ROWS)
         used = x.query_length[b], x.key_length[b]
-        span = problem.keys_seen(first, COMPUTE_WARPGROUPS * ROWS, *used, ROWS)
+        span = problem.keys_seen(first, COMPUTE_WARPGROUPS * ROWS, *used, TILE)
         row = first + lax.axis_index("wg") * ROWS
         return b, h, lax.div(h, jnp.int32(problem.group)), row, used, span
 
     def fetch(x, position, step):
         b, _, kv_head, _, _, span = position
-        at = pl.ds((span.first + step) * ROWS, ROWS)
+        at = pl.ds((span.first + step) * TILE, TILE)
         return (
             (x.key.at[b, kv_head, at], x.value.at[b, at, kv_head]),
             (x.key_transposed.at[b, kv_head, :, at],),
         )
 
-    here, moving = (COMPUTE_WARPGROUPS, ROWS, head_dim), (stages, ROWS, head_dim)
+    here, moving = (COMPUTE_WARPGROUPS, ROWS, head_dim), (stages, TILE, head_dim)
     (result,) = _launch(
         problem,
         operands,
@@ -166,7 +194,7 @@ def query_gradient(problem: Problem, operands: Operands, *, stages: int) -> jax.
         ),
         moving=(
             (tile(moving, jnp.int8), tile(moving, operands.value.dtype)),
-            (tile((stages, head_dim, ROWS), jnp.int8),),
+            (tile((stages, head_dim, TILE), jnp.int8),),
         ),
         stages=stages,
         out_type=[jax.ShapeDtypeStruct(problem.query_shape, problem.dtype)],
@@ -187,68 +215,95 @@ def key_value_gradients(
         stages: tiles of queries in flight.
     """
     head_dim, interpret = problem.head_dim, problem.interpret
+    last_tile = operands.query_scale.shape[2] - 1
     score_scale = problem.scale * _LOG2_E
 
     def compute(refs, fixed_sm, moving_sm, barriers, position):
         x, (dk, dv) = refs
-        (k_sm, v_sm, out_sm), ((q_sm, do_sm, rows_sm), (dot_sm,), (qt_sm,)) = fixed_sm, moving_sm
+        (k_sm, v_sm, *out_sm), ((q_sm, lse_sm), (dot_sm,), (do_sm, delta_sm), (qt_sm,)) = (
+            fixed_sm,
+            moving_sm,
+        )
         b, kv_head, row, used, span = position
         wg = lax.axis_index("wg")
-        here, block = pl.ds(row, ROWS), lax.div(row, jnp.int32(ROWS))
+        here, block = pl.ds(row, ROWS), lax.div(row, jnp.int32(TILE))
         plgpu.copy_gmem_to_smem(x.key.at[b, kv_head, here], k_sm.at[wg], barriers.fixed.at[wg])
         plgpu.copy_gmem_to_smem(x.value.at[b, here, kv_head], v_sm.at[wg], barriers.fixed.at[wg])
         sk = x.key_scale[b, kv_head, block] * score_scale
         plgpu.barrier_wait(barriers.fixed.at[wg])
         tiles = span.last - span.first
+        halves = [pl.ds(i * ROWS, ROWS) for i in range(TILE // ROWS)]
 
         def head(g, carry):
             h = kv_head * problem.group + g
 
+            scale_of = lambda step: x.query_scale[b, h, jnp.minimum(step, last_tile)]
+            bound = x.bound[b, h]
+            inverse_bound = 1.0 / bound
+
             def visit(step, carry, *, masked):
-                dk, dv = carry
-                slot = barriers.slot(g * tiles + step - span.first)
-                sq, sdo = x.query_scale[b, h, step], x.d_out_scale[b, h, step]
-                plgpu.barrier_wait(barriers.arrived[0].at[slot])
+                dk, dv, excess, sq = carry
+                slot, sign = barriers.slot(g * tiles + step - span.first), _alternating(step)
+                next_sq, sdo = scale_of(step + 1), x.d_out_scale[b, h, step]
+                barriers.wait(0, slot)
+                c = jnp.minimum(sk * sq, LARGEST_SCALE)
 
-                def p_and_ds(s_sum, dp_sum):
-                    s_sum.add(k_sm.at[wg], q_sm.at[slot])
-                    dp_sum.add(v_sm.at[wg], do_sm.at[slot])
-                    c = jnp.minimum(sk * sq, LARGEST_SCALE)
-                    lse = plgpu.load(rows_sm.at[slot, 0], layout=COLUMN)
-                    p = jnp.exp2(s_sum.read(1) * c - columns(lse + MAGIC * c, _SQUARE))
+                def probabilities(i, s_sum):
+                    s_sum.add(k_sm.at[wg], q_sm.at[slot, halves[i]])
+                    lse = plgpu.load(lse_sm.at[slot, halves[i]], layout=COLUMN)
+                    p = jnp.exp2(s_sum.read() * c - columns(lse + MAGIC * c, _SQUARE))
                     if masked:
-                        seen = problem.visible_transposed(_SQUARE, row, step * ROWS)
-                        p = jnp.where(seen, p, 0.0)
-                    # Registers are short: what follows must not be started before this is done.
-                    p, *p8 = lax.optimization_barrier((p, *_quantize_rows(p, interpret)))
-                    delta = plgpu.load(rows_sm.at[slot, 1], layout=COLUMN)
-                    ds = p * (dp_sum.read() - columns(delta, _SQUARE))
-                    return *p8, *_quantize_rows(ds, interpret)
+                        first = step * TILE + i * ROWS
+                        p = jnp.where(problem.visible_transposed(_SQUARE, row, first), p, 0.0)
+                    return (to_half(p, interpret=interpret),)
 
-                p8, p_scale, ds8, ds_scale = accumulate(
-                    p_and_ds,
-                    [Sum(_SQUARE, True), Sum(_SQUARE, False)],
-                    [*_quantized(), *_quantized()],
-                    interpret=interpret,
-                )
-                plgpu.barrier_wait(barriers.arrived[1].at[slot])
-                dv = _add_products(dv, p8, dot_sm.at[slot], p_scale * sdo, interpret)
-                plgpu.barrier_wait(barriers.arrived[2].at[slot])
-                dk = _add_products(dk, ds8, qt_sm.at[slot], ds_scale * sq, interpret)
-                plgpu.barrier_arrive(barriers.free.at[slot])
-                return dk, dv
+                def gradient(i, p, dp_sum):
+                    dp_sum.add(v_sm.at[wg], do_sm.at[slot, halves[i]])
+                    delta = plgpu.load(delta_sm.at[slot, halves[i]], layout=COLUMN)
+                    dp = dp_sum.read() * inverse_bound - columns(delta, _SQUARE)
+                    return (p * to_half(dp, interpret=interpret),)
 
-            return span.fold(visit, carry)
+                def half(body, integer):
+                    empty = full(_SQUARE, 0.0, jnp.float16)
+                    sums = [Sum(_SQUARE, integer)]
+                    return accumulate(body, sums, [empty], interpret=interpret)[0]
+
+                ps = [half(functools.partial(probabilities, i), True) for i in range(len(halves))]
+                barriers.done(0, slot)
+                p8, p_scale = quantize_half(ps, sign, interpret=interpret)
+                barriers.wait(1, slot)
+                p_gain = p_scale * (sdo * 2.0**-HALF_EXPONENT)
+                dv = _add_products(dv, p8, dot_sm.at[slot], p_gain, sign, interpret)
+                barriers.done(1, slot)
+                barriers.wait(2, slot)
+                ds = [half(functools.partial(gradient, i, p), False) for i, p in enumerate(ps)]
+                barriers.done(2, slot)
+                ds8, ds_scale = quantize_half(ds, sign, interpret=interpret)
+                barriers.wait(3, slot)
+                ds_gain = ds_scale * (sq * bound * 2.0**-HALF_EXPONENT)
+                dk = _add_products(dk, ds8, qt_sm.at[slot], ds_gain, sign, interpret)
+                barriers.done(3, slot)
+                excess = [
+                    e + g * (jnp.float32(sign) * MAGIC)
+                    for e, g in zip(excess, (ds_gain, p_gain), strict=True)
+                ]
+                return dk, dv, excess, next_sq
+
+            return span.fold(visit, (*carry, scale_of(span.first)))[:3]
 
         zeros = tuple(full(_SQUARE, 0.0) for _ in range(head_dim // ROWS))
-        d_key, d_value = lax.fori_loop(0, problem.group, head, (zeros, zeros))
-        for totals, scale, out in ((d_key, problem.scale, dk), (d_value, 1.0, dv)):
-            for i, total in enumerate(totals):
-                if problem.ragged_keys:
-                    inside = plgpu.broadcasted_iota(jnp.int32, _SQUARE, 0, layout=WGMMA)
-                    total = jnp.where(inside < used[1] - row, total, 0.0)
-                part = pl.ds(i * ROWS, ROWS)
-                out_sm.at[wg, :, part][...] = (total * scale).astype(problem.dtype)
+        none = [full((ROWS,), 0.0, layout=ROW) for _ in "kv"]
+        pl.when(wg == 1)(problem.stagger)
+        *totals, excess = lax.fori_loop(0, problem.group, head, (zeros, zeros, none))
+        (out_sm,) = out_sm or [v_sm]
+        for total, more, scale, out in zip(
+            totals, excess, (problem.scale, 1.0), (dk, dv), strict=True
+        ):
+            total = (join(total, interpret=interpret) - rows(more, (ROWS, head_dim))) * scale
+            if problem.ragged_keys:
+                inside = plgpu.broadcasted_iota(jnp.int32, total.shape, 0, layout=WGMMA)
+                total = jnp.where(inside < used[1] - row, total, 0.0)
+            out_sm.at[wg][...] = total.astype(problem.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out_sm.at[wg], out.at[b, here, kv_head])
             plgpu.wait_smem_to_gmem(0)
@@ -257,7 +312,7 @@ def key_value_gradients(
         b, kv_head = lax.axis_index("batch"), lax.axis_index("heads")
         first = index * (COMPUTE_WARPGROUPS * ROWS)  # with a causal mask the first see the most
         used = x.query_length[b], x.key_length[b]
-        span = problem.queries_seeing(first, COMPUTE_WARPGROUPS * ROWS, *used, ROWS)
+        span = problem.queries_seeing(first, COMPUTE_WARPGROUPS * ROWS, *used, TILE)
         return b, kv_head, first + lax.axis_index("wg") * ROWS, used, span
 
     def fetch(x, position, step):
@@ -265,32 +320,29 @@ def key_value_gradients(
         tiles = span.last - span.first
         h = kv_head * problem.group + lax.div(step, tiles)
         block = span.first + lax.rem(step, tiles)
-        at = pl.ds(block * ROWS, ROWS)
+        at = pl.ds(block * TILE, TILE)
         return (
-            (x.query.at[b, h, at], x.d_out.at[b, at, h], x.statistics.at[b, h, block]),
+            (x.query.at[b, h, at], x.statistics.at[b, h, block, 0]),
             (x.d_out_transposed.at[b, h, :, at],),
+            (x.d_out.at[b, at, h], x.statistics.at[b, h, block, 1]),
             (x.query_transposed.at[b, h, :, at],),
         )
 
-    here, moving = (COMPUTE_WARPGROUPS, ROWS, head_dim), (stages, ROWS, head_dim)
-    transposed = tile((stages, head_dim, ROWS), jnp.int8)
+    here, moving = (COMPUTE_WARPGROUPS, ROWS, head_dim), (stages, TILE, head_dim)
+    transposed = tile((stages, head_dim, TILE), jnp.int8)
+    row = plgpu.SMEM((stages, TILE), jnp.float32)
+    # Results in 16 bits leave through the memory of V.
+    staging = () if problem.dtype == operands.value.dtype else (tile(here, problem.dtype),)
     steps = lambda position: (position[4].last - position[4].first) * problem.group
     dk, dv = _launch(
         problem,
         operands,
         _Kernel(compute, fetch, position, steps),
-        fixed=(
-            tile(here, jnp.int8),
-            tile(here, operands.value.dtype),
-            tile(here, problem.dtype),
-        ),
+        fixed=(tile(here, jnp.int8), tile(here, operands.value.dtype), *staging),
         moving=(
-            (
-                tile(moving, jnp.int8),
-                tile(moving, operands.d_out.dtype),
-                plgpu.SMEM((stages, 2, ROWS), jnp.float32),
-            ),
+            (tile(moving, jnp.int8), row),
             (transposed,),
+            (tile(moving, operands.d_out.dtype), row),
             (transposed,),
         ),
         stages=stages,
@@ -301,39 +353,43 @@ def key_value_gradients(
     return dk, dv
 
 
-def _quantize_rows(x: jax.Array, interpret: bool) -> tuple[jax.Array, jax.Array]:
-    """Returns a tile in int8, as the left operand of a product, and the scale of each row."""
-    largest = jnp.maximum(jnp.abs(x).max(axis=1), _TINY)
-    codes = x * rows(127.0 / largest, x.shape) + MAGIC
-    return pack_int8(codes, interpret=interpret), largest * (1.0 / 127.0)
-
-
-def _quantized() -> tuple[jax.Array, jax.Array]:
-    """Places for what `_quantize_rows` returns."""
-    codes = plgpu.layout_cast(jnp.zeros(_SQUARE, jnp.int8), plgpu.Layout.WGMMA_8BIT)
-    return codes, full((ROWS,), 0.0, layout=ROW)
-
-
-def _product(left: jax.Array, right: Any, interpret: bool) -> jax.Array:
-    """Returns left · rightᵀ plus MAGIC, for a `right` of 64 rows."""
-
-    def body(total):
-        total.add(left, right)
-        return (total.read(),)
-
-    return accumulate(body, [Sum(_SQUARE, True)], [full(_SQUARE, 0.0)], interpret=interpret)[0]
+def _alternating(step: jax.Array) -> jax.Array:
+    """Returns 1 for even steps and -1 for odd ones: see `Sum`."""
+    return 1 - 2 * lax.rem(step, jnp.int32(2))
 
 
 def _add_products(
-    sums: Sequence[jax.Array], left: jax.Array, right: Any, gain: jax.Array, interpret: bool
+    sums: Sequence[jax.Array],
+    left: jax.Array,
+    right: Any,
+    gain: jax.Array,
+    sign: jax.Array,
+    interpret: bool,
 ) -> tuple[jax.Array, ...]:
-    """Adds gain · left · rightᵀ to sums of 64 columns each; the gain is one number a row.
+    """Adds gain · (left · rightᵀ + sign · MAGIC) to sums, which share the columns.
 
-    Registers are short, so the product is made 64 columns at a time.
+    Registers are short, so the product is made for one sum at a time.
+
+    Args:
+        sums: float32 (64, columns / number of sums).
+        left: int8, `sign` included.
+        right: int8 (columns, contracted), in shared memory.
+        gain: a number for each row.
+        sign: see `Sum`.
+        interpret: whether the kernel runs in the interpreter.
     """
-    parts = [_product(left, right.at[pl.ds(i * ROWS, ROWS)], interpret) for i in range(len(sums))]
-    pairs = zip(sums, parts, strict=True)
-    return tuple(total + (part - MAGIC) * rows(gain, _SQUARE) for total, part in pairs)
+    shape, width = (left.shape[0], right.shape[0] // len(sums)), right.shape[0] // len(sums)
+
+    def body(i, part):
+        part.add(left, right.at[pl.ds(i * width, width)])
+        return (sums[i] + part.read() * rows(gain, shape),)
+
+    return tuple(
+        accumulate(
+            functools.partial(body, i), [Sum(shape, True, sign)], [total], interpret=interpret
+        )[0]
+        for i, total in enumerate(sums)
+    )
 
 
 class _Barriers(NamedTuple):
@@ -341,16 +397,23 @@ class _Barriers(NamedTuple):
 
     Attributes:
         fixed: for each warpgroup, its own two tiles have arrived.
-        arrived: for each slot, the operands of S and dP have arrived; those of the next product;
-            and so on.
-        free: for each slot, all warpgroups are done with it.
+        arrived: for each group of operands and each slot, they have arrived.
+        free: for each group and slot, all warpgroups are done with them.
         stages: number of slots.
     """
 
     fixed: Any
     arrived: Sequence[Any]
-    free: Any
+    free: Sequence[Any]
     stages: int
+
+    def wait(self, group: int, slot: jax.Array) -> None:
+        """Waits until the operands of a group have arrived."""
+        plgpu.barrier_wait(self.arrived[group].at[slot])
+
+    def done(self, group: int, slot: jax.Array) -> None:
+        """Says that this warpgroup needs the operands of a group no more."""
+        plgpu.barrier_arrive(self.free[group].at[slot])
 
     def slot(self, step: jax.Array) -> jax.Array:
         """Returns the slot of a step."""
@@ -397,29 +460,29 @@ def _launch(
 
             @pl.when(wg < COMPUTE_WARPGROUPS)
             def _():
-                plgpu.set_max_registers(232, action="increase")
+                plgpu.set_max_registers(240, action="increase")
                 kernel.compute((x, outputs), fixed_sm, moving_sm, barriers, position)
 
             @pl.when(wg == COMPUTE_WARPGROUPS)
             def _():
-                plgpu.set_max_registers(40, action="decrease")
+                plgpu.set_max_registers(24, action="decrease")
                 steps = kernel.steps(position)
 
-                def issue(step, slot):
+                def issue(step, slot, *, reused):
                     sources = kernel.fetch(x, position, step)
-                    groups = zip(sources, moving_sm, barriers.arrived, strict=True)
-                    for source, target, barrier in groups:
+                    groups = zip(sources, moving_sm, barriers.arrived, barriers.free, strict=True)
+                    for source, target, arrived, free in groups:
+                        if reused:
+                            plgpu.barrier_wait(free.at[slot])
                         for gmem, smem in zip(source, target, strict=True):
-                            plgpu.copy_gmem_to_smem(gmem, smem.at[slot], barrier.at[slot])
+                            plgpu.copy_gmem_to_smem(gmem, smem.at[slot], arrived.at[slot])
 
                 for i in range(stages):
-                    pl.when(i < steps)(lambda i=i: issue(jnp.int32(i), i))
+                    pl.when(i < steps)(lambda i=i: issue(jnp.int32(i), i, reused=False))
 
                 @pl.loop(stages, steps)
                 def _(step):
-                    slot = barriers.slot(step)
-                    plgpu.barrier_wait(barriers.free.at[slot])
-                    issue(step, slot)
+                    issue(step, barriers.slot(step), reused=True)
 
         pl.run_scoped(
             scoped,
@@ -427,7 +490,7 @@ def _launch(
             tuple(moving),
             plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE_WARPGROUPS),
             tuple(plgpu.Barrier(num_arrivals=len(g), num_barriers=stages) for g in moving),
-            plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
+            (plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),) * len(moving),
             collective_axes="wg",
         )
 

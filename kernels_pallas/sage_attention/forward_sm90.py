@@ -25,19 +25,24 @@ from kernels_pallas.mosaic.products import (
     Sum,
     accumulate,
     full,
-    pack_int8,
+    largest_of_rows,
+    round_half,
     rows,
+    sum_half,
     tile,
+    to_half,
 )
 from kernels_pallas.sage_attention.problem import (
     COMPILER_PARAMS,
     COMPUTE_WARPGROUPS,
     LARGEST_SCALE,
     ROWS,
+    TILE,
     Problem,
 )
 
 _LOG2_E = math.log2(math.e)
+_LOG2_127 = math.log2(127.0)
 # Less than every sum of products plus MAGIC: what masked scores become.
 _LOWEST = MAGIC - 2.0**22
 # The logarithm of the weight of a row that has seen no key.
@@ -74,7 +79,7 @@ def forward(
         query: int8 (batch, heads, queries, head_dim), queries padded to a multiple of 128.
         key: int8 (batch, kv_heads, keys, head_dim), keys padded to a multiple of `block_kv`.
         value: int8 (batch, kv_heads, head_dim, keys), permuted along the keys.
-        scales: of query (batch, heads, queries / 64), key and value (batch, kv_heads, tiles).
+        scales: of query (batch, heads, queries / 128), key and value (batch, kv_heads, tiles).
         lengths: int32 (batch,) queries that attend to something, keys that are attended to.
 
     Returns:
@@ -108,7 +113,7 @@ def forward(
             here = pl.ds(row, block_q)
             plgpu.copy_gmem_to_smem(q.at[b, h, here], q_sm.at[wg], q_full.at[wg])
             plgpu.barrier_wait(q_full.at[wg])
-            sq = q_scale[b, h, lax.div(row, jnp.int32(block_q))] * log2_scale
+            sq = q_scale[b, h, lax.div(row, jnp.int32(TILE))] * log2_scale
             pl.when(span.first < span.last)(lambda: plgpu.barrier_wait(k_full.at[0]))
             pl.when(wg == 1)(take_turns)
 
@@ -148,23 +153,26 @@ def forward(
                 if masked:
                     visible = problem.visible(s.shape, row, step * block_kv, used[1])
                     s = jnp.where(visible, s, _LOWEST)
-                largest = s.max(axis=1)
+                largest = largest_of_rows(s, interpret=interpret)
                 m_tile = (largest - MAGIC) * s_scale
                 if masked:
                     m_tile = jnp.where(largest == _LOWEST, EMPTY_MAXIMUM, m_tile)
                 m_new = jnp.maximum(m, m_tile)
                 alpha, beta = jnp.exp2(m - m_new), jnp.exp2(m_tile - m_new)
-                shift = m_tile + MAGIC * s_scale
-                p = jnp.exp2(s * s_scale - rows(shift, s.shape))
+                shift = m_tile + MAGIC * s_scale - _LOG2_127
+                p = jnp.exp2(s * s_scale - rows(shift, s.shape))  # 127 P
                 # The shift is rounded: the row's largest P is off 1 by a factor that is known, all
                 # of the row is. Without the correction codes could pass 127 and wrap around.
-                correction = jnp.exp2(shift - largest * s_scale)
+                correction = jnp.exp2(shift - largest * s_scale + _LOG2_127)
+                correction = correction.astype(jnp.float16).astype(jnp.float32)
                 if masked:
                     p = jnp.where(s == _LOWEST, 0.0, p)
-                p8 = pack_int8(p * rows(correction * 127.0, p.shape) + MAGIC, interpret=interpret)
-                acc *= rows(alpha, acc.shape)
-                total = total * alpha + p.sum(axis=1) * (beta * correction)
+                p = to_half(p, interpret=interpret)
+                p8 = round_half([p], correction, interpret=interpret)
+                total = total * alpha + sum_half(p, interpret=interpret) * (beta * correction)
                 gain = beta * v_s
+                # What the next product has in excess is taken away before, in the same operation.
+                acc = acc * rows(alpha, acc.shape) - rows(gain * MAGIC, acc.shape)
                 acc, total, m_new, p8, gain = lax.optimization_barrier(
                     (acc, total, m_new, p8, gain)
                 )
@@ -173,7 +181,7 @@ def forward(
                 plgpu.barrier_wait(turn)
                 o = weighted_values(p8, slot, step)
                 plgpu.barrier_arrive(v_free.at[slot])
-                return acc + (o - MAGIC) * rows(gain, o.shape), m_new, total
+                return acc + o * rows(gain, o.shape), m_new, total
 
             carry = (
                 full((block_q, head_dim), 0.0),
@@ -182,13 +190,13 @@ def forward(
             )
             acc, m, total = span.fold(visit, carry)
             pl.when(wg == 0)(take_turns)
-            safe = jnp.where(total == 0.0, 1.0, total) * 127.0
+            safe = jnp.where(total == 0.0, 1.0, total)
             result = acc / rows(safe, acc.shape)
             if problem.ragged_queries:
                 inside = plgpu.broadcasted_iota(jnp.int32, acc.shape, 0, layout=WGMMA)
                 result = jnp.where(inside < used[0] - row, result, 0.0)
             o_sm.at[wg][...] = result.astype(problem.dtype)
-            m_sm.at[wg][...], total_sm.at[wg][...] = m, total
+            m_sm.at[wg][...], total_sm.at[wg][...] = m, total * (1.0 / 127.0)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(o_sm.at[wg], out.at[b, here, h])
             plgpu.copy_smem_to_gmem(m_sm.at[wg], m_out.at[b, h, here])

@@ -14,6 +14,7 @@ from kernels_pallas.sage_attention.masking import Masking, Structure
 from kernels_pallas.sage_attention.problem import (
     COMPUTE_WARPGROUPS,
     ROWS,
+    TILE,
     Problem,
     round_up,
 )
@@ -85,7 +86,8 @@ def unsupported(
 
 def tiling_for(keys: int) -> Tiling:
     """Returns what shares a scale in the kernels: 256 keys, fewer in short sequences."""
-    return Tiling(block_q=ROWS, block_kv=256 if keys > 128 else 128, gradient_block_kv=ROWS)
+    block_kv = 256 if keys > 128 else 128
+    return Tiling(TILE, block_kv, gradient_block_kv=TILE, half_precision=True)
 
 
 class Residuals(NamedTuple):
@@ -131,7 +133,7 @@ def _forward(options, query, key, value, *lengths):
     if options.smooth_values:
         value, value_mean = subtract_mean(value, attended, token_axes=(1,))
 
-    query8 = _quantize(query, ROWS, COMPUTE_WARPGROUPS * ROWS)
+    query8 = _quantize(query, TILE, TILE)
     key8 = _quantize(key, options.tiling.block_kv, options.tiling.block_kv)
     value8 = _quantize(value, options.tiling.block_kv, options.tiling.block_kv)
     tiles = forward_sm90.ForwardTiles(
@@ -192,20 +194,28 @@ def _backward(options, shapes, residuals, d_out, d_logsumexp):
         delta -= _pad(d_logsumexp, 1, delta.shape[1])
     padded_queries = x.query.codes.shape[2]
     delta = _pad(delta.swapaxes(1, 2), 2, padded_queries)
-    tiles = (*delta.shape[:2], padded_queries // ROWS, ROWS)
-    d_out8 = _quantize(d_out, ROWS, COMPUTE_WARPGROUPS * ROWS)
+    tile_bound = _score_gradient_bound(problem, d_out, x.value, delta)
+    bound = tile_bound.max(axis=-1)
+    tiles = (*delta.shape[:2], padded_queries // TILE, TILE)
+    statistics = [
+        x.logsumexp - backward_sm90.HALF_EXPONENT,
+        delta / bound[..., None],
+    ]
+    d_out8 = _quantize(d_out, TILE, TILE)
     operands = backward_sm90.Operands(
         query=x.query.codes,
         query_transposed=permute(x.query.codes.swapaxes(2, 3)),
         query_scale=x.query.scale,
         key=x.key.codes,
         key_transposed=permute(x.key.codes.swapaxes(2, 3)),
-        key_scale=jnp.repeat(x.key.scale, options.tiling.block_kv // ROWS, axis=2),
+        key_scale=jnp.repeat(x.key.scale, options.tiling.block_kv // TILE, axis=2),
         value=x.value,
         d_out=d_out.astype(x.value.dtype),
         d_out_transposed=permute(d_out8.codes.swapaxes(2, 3)),
         d_out_scale=d_out8.scale,
-        statistics=jnp.stack([x.logsumexp.reshape(tiles), delta.reshape(tiles)], axis=3),
+        bound=bound,
+        tile_bound=tile_bound,
+        statistics=jnp.stack([row.reshape(tiles) for row in statistics], axis=3),
         query_length=x.query_length,
         key_length=x.key_length,
     )
@@ -226,6 +236,20 @@ def _backward(options, shapes, residuals, d_out, d_logsumexp):
         d_query = (d_query + shift).astype(d_query.dtype)
     gradients = zip((d_query.astype(query.dtype), d_key, d_value), tokens, strict=True)
     return tuple(gradient[:, :count, :, :dim] for gradient, count in gradients)
+
+
+def _score_gradient_bound(problem: Problem, d_out, value, delta) -> jax.Array:
+    """Returns powers of two that |dP - D| does not exceed, (batch, heads, tiles of queries).
+
+    |dP| is at most |dO| |V|. The kernels divide by it, so that dS fits into float16.
+    """
+    norm = lambda x: jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1)).swapaxes(1, 2)
+    largest_value = jnp.repeat(norm(value).max(axis=-1), problem.group, axis=1)
+    bound = _pad(norm(d_out), 2, delta.shape[2]) * largest_value[..., None] + jnp.abs(delta)
+    bound = bound.reshape(*delta.shape[:2], -1, TILE).max(axis=-1)
+    # Where it is zero or not finite, any bound will do.
+    exponent = jnp.frexp(jnp.where((bound > 0) & (bound < jnp.inf), bound, 1.0))[1]
+    return jnp.ldexp(jnp.float32(1.0), jnp.clip(exponent, -100, 100))
 
 
 def _varying_like(operand: jax.Array, results: Any) -> Any:
@@ -354,9 +378,13 @@ def _forward_bytes(problem: Problem, options: Options) -> tuple[int, int]:
 
 def _backward_bytes(problem: Problem) -> tuple[tuple[int, int], tuple[int, int]]:
     """Returns the same for the two backward kernels."""
-    tile = ROWS * problem.head_dim
-    fixed = COMPUTE_WARPGROUPS * tile * (1 + 2 + jnp.dtype(problem.dtype).itemsize) + 4096
-    return (fixed, tile * (1 + 2 + 1)), (fixed, tile * (1 + 2 + 1 + 1) + 8 * ROWS)
+    rows, tile = COMPUTE_WARPGROUPS * ROWS * problem.head_dim, TILE * problem.head_dim
+    size, other = jnp.dtype(problem.dtype).itemsize, 4096
+    staging = 0 if size == 2 else size
+    return (rows * (1 + 2 + size) + other, tile * (1 + 2 + 1)), (
+        rows * (1 + 2 + staging) + other,
+        tile * (1 + 2 + 1 + 1) + 8 * TILE,
+    )
 
 
 def _stages(sizes: tuple[int, int]) -> int:

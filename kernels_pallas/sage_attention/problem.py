@@ -15,13 +15,16 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.mosaic.products import WGMMA
+from kernels_pallas.mosaic.products import WGMMA, sleep
 
 COMPUTE_WARPGROUPS = 2
 """Warpgroups of a block that compute; one more issues the copies."""
 
 ROWS = 64
 """Rows of a product that a warpgroup owns."""
+
+TILE = 128
+"""Queries that share a scale, and tokens that a step of the backward kernels sums over."""
 
 
 COMPILER_PARAMS = plgpu.CompilerParams(
@@ -124,6 +127,14 @@ class Problem:
     def key_blocks(self) -> int:
         """Thread blocks along the keys."""
         return -(-self.keys // (COMPUTE_WARPGROUPS * ROWS))
+
+    def stagger(self) -> None:
+        """Lets the second computing warpgroup fall back by about half a step of the backward pass.
+
+        In step, both would wait for the tensor cores together and then exponentiate together.
+        """
+        if not self.interpret:
+            sleep(2000)
 
     def longest_first(self, index: jax.Array, count: int) -> jax.Array:
         """Reverses the order of blocks of queries where later ones see more keys."""

@@ -31,8 +31,17 @@ class Quantized(NamedTuple):
     scale: jax.Array
 
 
-def quantize(x: jax.Array, *, tile_axes: tuple[int, ...], enabled: bool = True) -> Quantized:
+def to_half(x: jax.Array) -> jax.Array:
+    """Rounds float32 to the 11 bits of float16, with any exponent."""
+    return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=10)
+
+
+def quantize(
+    x: jax.Array, *, tile_axes: tuple[int, ...], enabled: bool = True, half_scales: bool = False
+) -> Quantized:
     """Quantize x with one scale per tile; a tile spans `tile_axes` and is one entry of the others.
+
+    With `half_scales` the inverse of a scale has the 11 bits of float16.
 
     An all-zero tile gets the smallest normal float32 as its scale and codes of zero, never 0/0. A
     tile that holds NaN or infinity gets NaN as its scale: int8 codes cannot carry either, and a
@@ -45,15 +54,21 @@ def quantize(x: jax.Array, *, tile_axes: tuple[int, ...], enabled: bool = True) 
     scale = jnp.maximum(largest / INT8_MAX, jnp.finfo(jnp.float32).tiny)
     finite = jnp.all(jnp.isfinite(x), axis=tile_axes, keepdims=True)
     scale = jnp.where(finite, scale, jnp.nan)
+    if half_scales:
+        scale = 1.0 / to_half(1.0 / scale)
     codes = jnp.clip(jnp.round(x / scale), -INT8_MAX, INT8_MAX).astype(jnp.int8)
     return Quantized(codes, scale)
 
 
-def quantize_probabilities(p: jax.Array, *, enabled: bool = True) -> Quantized:
+def quantize_probabilities(
+    p: jax.Array, *, enabled: bool = True, half_precision: bool = False
+) -> Quantized:
     """Quantize rows whose largest entry is one, `exp(S - rowmax S)`: the scale needs no maximum."""
     if not enabled:
         return Quantized(p, jnp.float32(1.0))
-    return Quantized(jnp.round(p * INT8_MAX).astype(jnp.int8), jnp.float32(1.0 / INT8_MAX))
+    p *= INT8_MAX
+    codes = jnp.round(to_half(p) if half_precision else p).astype(jnp.int8)
+    return Quantized(codes, jnp.float32(1.0 / INT8_MAX))
 
 
 def integer_einsum(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ q queries of a tile, J tiles of keys, s keys of a tile, D head_dim.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +36,7 @@ from kernels_pallas.sage_attention.quantize import (
     quantize,
     quantize_probabilities,
     subtract_mean,
+    to_half,
 )
 from kernels_pallas.sage_attention.tiling import Tiling
 
@@ -140,7 +142,9 @@ def forward(
         # Relative to the largest score of its own row in this tile, P needs no search for its
         # scale and never overflows; a row without a visible key has P = 0.
         p_BKGIqs = jnp.exp(s_BKGIqs - _finite(tile_largest))
-        codes, p_scale = quantize_probabilities(p_BKGIqs, enabled=options.quantize)
+        codes, p_scale = quantize_probabilities(
+            p_BKGIqs, enabled=options.quantize, half_precision=options.tiling.half_precision
+        )
         pv = integer_einsum("bkgiqs,bksd->bkgiqd", codes, value_tile.codes)
         tile_weight = jnp.exp(tile_largest - _finite(new_largest))
         keep = jnp.exp(largest - _finite(new_largest))
@@ -214,8 +218,12 @@ def backward(
     if not per_tile:
         over_queries, over_keys = (4,), (5,)
 
+    half = options.tiling.half_precision and options.quantize
+    narrow = to_half if half else lambda x: x
+    quantized = functools.partial(quantize, enabled=options.quantize, half_scales=half)
+
     def sum_over_queries(x_BKGIqs, codes, scale):
-        x8 = quantize(x_BKGIqs, tile_axes=over_queries, enabled=options.quantize)
+        x8 = quantized(x_BKGIqs, tile_axes=over_queries)
         product = integer_einsum("bkgiqs,bkgiqd->bkgisd", x8.codes, codes)
         return jnp.sum(jnp.swapaxes(x8.scale, 4, 5) * scale * product, axis=(2, 3))
 
@@ -223,11 +231,12 @@ def backward(
         start, key_tile, value_tile = tile
         s_BKGIqs = _scores(options, layout, residuals.query, key_tile, bias, masking, start, block)
         # The bound holds mathematically; it also has to where the compiler rounds S differently.
-        p_BKGIqs = jnp.exp(jnp.minimum(s_BKGIqs - residuals.largest, 0.0) - residuals.log_total)
+        s_BKGIqs = jnp.minimum(s_BKGIqs - residuals.largest, 0.0)
+        p_BKGIqs = narrow(jnp.exp(s_BKGIqs - residuals.log_total))
         d_value = sum_over_queries(p_BKGIqs, quantized_d_out.codes, quantized_d_out.scale)
         dp_BKGIqs = float_einsum("bkgiqd,bksd->bkgiqs", d_out.astype(value_tile.dtype), value_tile)
-        ds_BKGIqs = p_BKGIqs * (dp_BKGIqs - delta)
-        ds8 = quantize(ds_BKGIqs, tile_axes=over_keys, enabled=options.quantize)
+        ds_BKGIqs = narrow(p_BKGIqs * narrow(dp_BKGIqs - delta))
+        ds8 = quantized(ds_BKGIqs, tile_axes=over_keys)
         key_scale = options.scale * key_tile.scale[:, :, None, None]
         d_query += (ds8.scale * key_scale) * integer_einsum(
             "bkgiqs,bksd->bkgiqd", ds8.codes, key_tile.codes

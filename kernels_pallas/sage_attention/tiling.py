@@ -22,6 +22,9 @@ class Tiling:
         gradient_scales: scales of such a tile. "tile": one, as printed in SageBwd's Algorithm 2.
             "vector": one for each query where keys are summed over (dQ) and one for each key where
             queries are (dK, dV), which halves the error of the gradients.
+        half_precision: P, dP - D and dS are rounded to the 11 bits of float16 on their way to int8,
+            and so are the inverses of their scales. The kernels do it, because float16 is twice as
+            fast; a code differs by one now and then.
 
     Raises:
         ValueError: `gradient_block_kv` does not divide `block_kv`.
@@ -31,6 +34,7 @@ class Tiling:
     block_kv: int = 64
     gradient_block_kv: int = 64
     gradient_scales: GradientScales = "vector"
+    half_precision: bool = False
 
     def __post_init__(self):
         if self.block_kv % self.gradient_block_kv:

@@ -125,7 +125,7 @@ class TestInterpreted:
     @pytest.mark.parametrize("is_causal", [False, True])
     def test_no_races(self, is_causal):
         """Long enough for every slot of shared memory to be used again; a race would raise."""
-        inputs = draw(11, queries=400, keys=1300, heads=1)
+        inputs = draw(11, queries=800, keys=1300, heads=1, kv_heads=1)
         attend = functools.partial(sage_attention, implementation="mosaic_gpu", is_causal=is_causal)
         with interpreted():
             with_gradients(attend, inputs)
