@@ -195,8 +195,8 @@ def to_half(values: jax.Array, *, interpret: bool) -> jax.Array:
         i32, pair = ir.IntegerType.get_signless(32), ir.VectorType.get((2,), ir.F16Type.get())
 
         def round_pair(register):
-            first, second = (_element(register, i) for i in (0, 1))
-            word = _ptx("cvt.rn.f16x2.f32 $0, $2, $1;", first, second, result=i32)
+            first, second = (element(register, i) for i in (0, 1))
+            word = ptx("cvt.rn.f16x2.f32 $0, $2, $1;", first, second, result=i32)
             return mgpu_utils.bitcast(word, pair)
 
         registers = np.vectorize(round_pair, otypes=[object])(array.registers)
@@ -223,19 +223,23 @@ def largest_of_rows(values: jax.Array, *, interpret: bool) -> jax.Array:
         maxima = []
         for row in (0, 1):
             pairs = array.registers[:, :, :, :, row].flat
-            words = [_element(pair, i) for pair in pairs for i in (0, 1)]
+            words = [element(pair, i) for pair in pairs for i in (0, 1)]
             words = [arith.bitcast(i32, word) for word in words]
-            word = _tree(arith.maxsi, words, ways=3)
+            word = tree(arith.maxsi, words, ways=3)
             for distance in (1, 2):
                 word = arith.maxsi(word, mgpu_utils.shfl_bfly(word, distance))
             maxima.append(arith.bitcast(f32, word))
-        return _row_array(maxima)
+        return row_array(maxima)
 
     return find(values)
 
 
 def sum_half(values: jax.Array, *, interpret: bool) -> jax.Array:
-    """Sums the rows of a float16 array (64, n), in float16 within a lane. Returns float32 (64,)."""
+    """Sums the rows of a float16 array (64, n), the first eight numbers at a time in float16.
+
+    Returns:
+        float32 (64,).
+    """
     if interpret:
         return values.astype(jnp.float32).sum(axis=1)
 
@@ -247,12 +251,13 @@ def sum_half(values: jax.Array, *, interpret: bool) -> jax.Array:
         del ctx
         sums = []
         for words in _words_of_rows(array):
-            word = _tree(lambda x, y: _ptx("add.rn.f16x2 $0, $1, $2;", x, y), words)
-            total = arith.addf(*_halves(word))
+            add_half = lambda x, y: ptx("add.rn.f16x2 $0, $1, $2;", x, y)
+            words = [tree(add_half, words[i : i + 8]) for i in range(0, len(words), 8)]
+            total = tree(arith.addf, list(itertools.chain(*map(_halves, words))))
             for distance in (1, 2):
                 total = arith.addf(total, mgpu_utils.shfl_bfly(total, distance))
             sums.append(total)
-        return _row_array(sums)
+        return row_array(sums)
 
     return add(values)
 
@@ -284,17 +289,19 @@ def round_half(parts: Sequence[jax.Array], gain: jax.Array, *, interpret: bool) 
         del ctx
         i32, i8 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(8)
         magic = arith.constant(i32, _HALF_MAGIC_BITS)
-        gains = [_element(register, 0) for register in gain.registers.flat]
-        gains = [_ptx("cvt.rn.f16x2.f32 $0, $1, $1;", gain) for gain in gains]
+        gains = [element(register, 0) for register in gain.registers.flat]
+        gains = [ptx("cvt.rn.f16x2.f32 $0, $1, $1;", gain) for gain in gains]
         registers = np.concatenate([array.registers for array in arrays], axis=1)
         out = np.empty(fa.WGMMA_LAYOUT_8BIT.registers_shape(shape), dtype=object)
         for index in np.ndindex(out.shape):
             neighbors = (registers[(index[0], 2 * index[1] + i, *index[2:])] for i in (0, 1))
             words = (mgpu_utils.bitcast(register, i32) for register in neighbors)
             rounded = (
-                _ptx("fma.rn.f16x2 $0, $1, $2, $3;", word, gains[index[4]], magic) for word in words
+                ptx("fma.rn.f16x2 $0, $1, $2, $3;", word, gains[index[4]], magic) for word in words
             )
-            out[index] = mgpu_utils.bitcast(_permute(*rounded, 0x6420), ir.VectorType.get((4,), i8))
+            out[index] = mgpu_utils.bitcast(
+                permute_bytes(*rounded, 0x6420), ir.VectorType.get((4,), i8)
+            )
         return fa.FragmentedArray(_registers=out, _layout=fa.WGMMA_LAYOUT_8BIT, _is_signed=True)
 
     return pack(gain, *parts)
@@ -328,46 +335,46 @@ def quantize_half(
     def measure(ctx, *arrays):
         del ctx
         f32 = ir.F32Type.get()
-        maximum = lambda x, y: _ptx("max.NaN.f16x2 $0, $1, $2;", x, y)
-        absolute = lambda x: _ptx("abs.f16x2 $0, $1;", x)
+        maximum = lambda x, y: ptx("max.NaN.f16x2 $0, $1, $2;", x, y)
+        absolute = lambda x: ptx("abs.f16x2 $0, $1;", x)
         words = [
             itertools.chain(*words) for words in zip(*map(_words_of_rows, arrays), strict=True)
         ]
-        upper, lower = (_tree(maximum, [absolute(word) for word in row]) for row in words)
+        upper, lower = (tree(maximum, [absolute(word) for word in row]) for row in words)
         # The two rows of a lane share a word from here on.
-        both = maximum(_permute(upper, lower, 0x5410), _permute(upper, lower, 0x7632))
+        both = maximum(permute_bytes(upper, lower, 0x5410), permute_bytes(upper, lower, 0x7632))
         for distance in (1, 2):
             both = maximum(both, mgpu_utils.shfl_bfly(both, distance))
         inverses = []
         for largest in _halves(both):
             inverse = arith.mulf(_reciprocal(largest), arith.constant(f32, 127.0))
             limit = arith.constant(f32, _LARGEST_INVERSE)
-            inverse = _ptx("min.NaN.f32 $0, $1, $2;", inverse, limit, result=f32)
-            inverses += _halves(_ptx("cvt.rn.f16x2.f32 $0, $1, $1;", inverse))[:1]
-        return _row_array(inverses), _row_array([_reciprocal(x) for x in inverses])
+            inverse = ptx("min.NaN.f32 $0, $1, $2;", inverse, limit, result=f32)
+            inverses += _halves(ptx("cvt.rn.f16x2.f32 $0, $1, $1;", inverse))[:1]
+        return row_array(inverses), row_array([_reciprocal(x) for x in inverses])
 
     inverse, scale = measure(*parts)
     return round_half(parts, inverse * sign, interpret=False), scale
 
 
 def _reciprocal(x: ir.Value) -> ir.Value:
-    return _ptx("rcp.approx.ftz.f32 $0, $1;", x, result=ir.F32Type.get())
+    return ptx("rcp.approx.ftz.f32 $0, $1;", x, result=ir.F32Type.get())
 
 
-def _ptx(code: str, *operands: ir.Value, result: ir.Type | None = None) -> ir.Value:
+def ptx(code: str, *operands: ir.Value, result: ir.Type | None = None) -> ir.Value:
     """One instruction; the result is a word unless said otherwise."""
     return mgpu_utils.inline_ptx(
         code, *operands, result_types=result or ir.IntegerType.get_signless(32)
     )
 
 
-def _permute(first: ir.Value, second: ir.Value, selector: int) -> ir.Value:
+def permute_bytes(first: ir.Value, second: ir.Value, selector: int) -> ir.Value:
     """Picks bytes of two words; `prmt` of Mosaic."""
     i32 = ir.IntegerType.get_signless(32)
     return mgpu_utils.prmt(first, second, arith.constant(i32, selector))
 
 
-def _element(register: ir.Value, position: int) -> ir.Value:
+def element(register: ir.Value, position: int) -> ir.Value:
     """Element of a vector."""
     at = ir.DenseI64ArrayAttr.get([position])
     return vector.extract(register, dynamic_position=[], static_position=at)
@@ -377,7 +384,7 @@ def _halves(word: ir.Value) -> list[ir.Value]:
     """The two float16 of a word as float32."""
     f32 = ir.F32Type.get()
     code = "{{.reg .f16 l, h; mov.b32 {{l, h}}, $1; cvt.f32.f16 $0, {};}}"
-    return [_ptx(code.format(half), word, result=f32) for half in "lh"]
+    return [ptx(code.format(half), word, result=f32) for half in "lh"]
 
 
 def _words_of_rows(array: fa.FragmentedArray) -> list[list[ir.Value]]:
@@ -387,7 +394,7 @@ def _words_of_rows(array: fa.FragmentedArray) -> list[list[ir.Value]]:
     return [[mgpu_utils.bitcast(register, i32) for register in row] for row in rows_of_lane]
 
 
-def _row_array(values: Sequence[ir.Value]) -> fa.FragmentedArray:
+def row_array(values: Sequence[ir.Value]) -> fa.FragmentedArray:
     """An array (64,) in the layout ROW, of the float32 of a lane's two rows."""
     registers = np.empty(fa.WGMMA_ROW_LAYOUT.registers_shape((64,)), dtype=object)
     for index, value in zip(np.ndindex(registers.shape), values, strict=True):
@@ -395,7 +402,7 @@ def _row_array(values: Sequence[ir.Value]) -> fa.FragmentedArray:
     return fa.FragmentedArray(_registers=registers, _layout=fa.WGMMA_ROW_LAYOUT, _is_signed=None)
 
 
-def _tree(operation: Callable[[Any, Any], Any], values: Sequence[Any], ways: int = 2) -> Any:
+def tree(operation: Callable[[Any, Any], Any], values: Sequence[Any], ways: int = 2) -> Any:
     """Combines values, `ways` at a time."""
     while len(values) > 1:
         groups = [values[i : i + ways] for i in range(0, len(values), ways)]

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.mosaic.products import permute
-from kernels_pallas.sage_attention import backward_sm90, forward_sm90
+from kernels_pallas.sage_attention import backward_sm90, forward_sm90, quantize_sm90
 from kernels_pallas.sage_attention.masking import Masking, Structure
 from kernels_pallas.sage_attention.problem import (
     COMPUTE_WARPGROUPS,
@@ -18,7 +17,7 @@ from kernels_pallas.sage_attention.problem import (
     Problem,
     round_up,
 )
-from kernels_pallas.sage_attention.quantize import Quantized, quantize, subtract_mean
+from kernels_pallas.sage_attention.quantize import Quantized, subtract_mean
 from kernels_pallas.sage_attention.reference import EMPTY_LOGSUMEXP
 from kernels_pallas.sage_attention.tiling import Tiling
 
@@ -122,20 +121,22 @@ def _forward(options, query, key, value, *lengths):
     dtype, dim, padded = key.dtype, query.shape[-1], problem.head_dim
     queries, keys = query.shape[1], key.shape[1]
     query, key, value = (_pad(x, 3, padded) for x in (query, key, value))
-    if problem.ragged_queries:
-        query = _keep(query, lengths[0])
+    query_lengths = lengths[0] if problem.ragged_queries else None
+    key_lengths = lengths[1] if problem.ragged_keys else None
     attended = jnp.ones((1, keys, 1, 1), bool)
-    if problem.ragged_keys:
-        value = _keep(value, lengths[1])
-        attended = _inside(keys, lengths[1])[..., None, None]
-    key, key_mean = subtract_mean(key, attended, token_axes=(1,))
+    if key_lengths is not None:
+        value = _keep(value, key_lengths)
+        attended = _inside(keys, key_lengths)[..., None, None]
+    key_mean = subtract_mean(key, attended, token_axes=(1,))[1][:, 0]
     value_mean = None
     if options.smooth_values:
         value, value_mean = subtract_mean(value, attended, token_axes=(1,))
 
-    query8 = _quantize(query, TILE, TILE)
-    key8 = _quantize(key, options.tiling.block_kv, options.tiling.block_kv)
-    value8 = _quantize(value, options.tiling.block_kv, options.tiling.block_kv)
+    plain = functools.partial(_quantize, options, transposed=False)
+    query8 = Quantized(*plain(query, TILE, lengths=query_lengths))
+    block_kv = options.tiling.block_kv
+    key8 = Quantized(*plain(key, block_kv, mean=key_mean, lengths=key_lengths))
+    value8, value_scale = _quantize(options, value, block_kv, transposed=True)
     tiles = forward_sm90.ForwardTiles(
         options.tiling.block_kv, _stages(_forward_bytes(problem, options))
     )
@@ -144,8 +145,8 @@ def _forward(options, query, key, value, *lengths):
         tiles,
         query8.codes,
         key8.codes,
-        permute(value8.codes.swapaxes(2, 3)),
-        (query8.scale, key8.scale, value8.scale),
+        value8,
+        (query8.scale, key8.scale, value_scale),
         lengths,
     )
     out, largest, total = _varying_like(value, results)
@@ -155,7 +156,7 @@ def _forward(options, query, key, value, *lengths):
     # A row of NaN has seen something; the comparison above would hide it.
     logsumexp = jnp.where(inside & jnp.isnan(total), jnp.nan, logsumexp)
     value = _pad(value.astype(_product_dtype(dtype)), 1, problem.key_shape[1])
-    residuals = Residuals(query8, key8, key_mean[:, 0], value, out, logsumexp, *lengths)
+    residuals = Residuals(query8, key8, key_mean, value, out, logsumexp, *lengths)
     result = out
     if value_mean is not None:
         seen = sees[:, :, : out.shape[1]].swapaxes(1, 2)[..., None]
@@ -163,7 +164,7 @@ def _forward(options, query, key, value, *lengths):
         result = jnp.where(seen, result + value_mean, result).astype(dtype)
     raw = None
     if options.return_logsumexp:
-        raw = _raw_logsumexp(options, logsumexp, query, key_mean)
+        raw = _raw_logsumexp(options, logsumexp, query, key_mean[:, None])
     return result[:, :queries, :, :dim], raw, residuals
 
 
@@ -187,6 +188,11 @@ def _backward(options, shapes, residuals, d_out, d_logsumexp):
     d_out = _pad(_pad(d_out, 3, problem.head_dim), 1, problem.query_shape[1])
     if problem.ragged_queries:
         d_out = _keep(d_out, x.query_length)
+    transposed = functools.partial(_quantize, options, transposed=True)
+    d_out8, d_out_scale = transposed(d_out, TILE)
+    # The largest of the codes of a tile is 127, so they are quantized to themselves.
+    query_transposed, _ = transposed(_tokens_first(x.query.codes), TILE)
+    key_transposed, _ = transposed(_tokens_first(x.key.codes), options.tiling.block_kv)
     delta = jnp.sum(d_out.astype(jnp.float32) * x.out.astype(jnp.float32), axis=-1)
     if d_logsumexp is not None:
         sees = x.logsumexp[:, :, : query.shape[1]].swapaxes(1, 2) < 1e30
@@ -201,18 +207,19 @@ def _backward(options, shapes, residuals, d_out, d_logsumexp):
         x.logsumexp - backward_sm90.HALF_EXPONENT,
         delta / bound[..., None],
     ]
-    d_out8 = _quantize(d_out, TILE, TILE)
     operands = backward_sm90.Operands(
         query=x.query.codes,
-        query_transposed=permute(x.query.codes.swapaxes(2, 3)),
+        query_transposed=query_transposed.reshape(
+            x.query.codes.shape[:2] + query_transposed.shape[2:]
+        ),
         query_scale=x.query.scale,
         key=x.key.codes,
-        key_transposed=permute(x.key.codes.swapaxes(2, 3)),
+        key_transposed=key_transposed.reshape(x.key.codes.shape[:2] + key_transposed.shape[2:]),
         key_scale=jnp.repeat(x.key.scale, options.tiling.block_kv // TILE, axis=2),
         value=x.value,
         d_out=d_out.astype(x.value.dtype),
-        d_out_transposed=permute(d_out8.codes.swapaxes(2, 3)),
-        d_out_scale=d_out8.scale,
+        d_out_transposed=d_out8,
+        d_out_scale=d_out_scale,
         bound=bound,
         tile_bound=tile_bound,
         statistics=jnp.stack([row.reshape(tiles) for row in statistics], axis=3),
@@ -346,17 +353,19 @@ def _pad(x: jax.Array, axis: int, size: int) -> jax.Array:
     return jnp.pad(x, widths)
 
 
-def _quantize(x: jax.Array, block: int, multiple: int) -> Quantized:
-    """Quantizes (batch, tokens, heads, head_dim), one scale for `block` tokens of a head.
+def _quantize(
+    options: Options, x: jax.Array, block: int, *, transposed: bool, **arguments: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Returns codes, as they are or transposed, and scales: see `quantize_sm90.Quantizer`."""
+    quantizer = quantize_sm90.Quantizer(block, not transposed, transposed, options.interpret)
+    x = _pad(x, 1, round_up(x.shape[1], 8))
+    codes = _varying_like(x, quantizer(x, **arguments))
+    return (codes.transposed if transposed else codes.plain), codes.scale
 
-    Returns:
-        Codes (batch, heads, tokens, head_dim), tokens padded to a multiple of `multiple`; scales
-        (batch, heads, blocks).
-    """
-    x = _pad(x, 1, round_up(x.shape[1], multiple)).swapaxes(1, 2)
-    batch, heads, _, dim = x.shape
-    tiles = quantize(x.reshape(batch, heads, -1, block, dim), tile_axes=(3, 4))
-    return Quantized(tiles.codes.reshape(x.shape), tiles.scale[..., 0, 0])
+
+def _tokens_first(codes: jax.Array) -> jax.Array:
+    """Views (batch, heads, tokens, head_dim) as (batch * heads, tokens, 1, head_dim)."""
+    return codes.reshape(-1, codes.shape[2], 1, codes.shape[3])
 
 
 def _raw_logsumexp(options: Options, logsumexp, query, key_mean) -> jax.Array:
