@@ -107,7 +107,7 @@ def query_gradient(problem: Problem, operands: Operands, *, stages: int) -> jax.
 
     def compute(refs, fixed_sm, moving_sm, barriers, position):
         x, (dq,) = refs
-        (q_sm, do_sm, out_sm), ((k_sm, v_sm), (kt_sm,)) = fixed_sm, moving_sm
+        (q_sm, do_sm, out_sm), ((k_sm, v_sm, kt_sm),) = fixed_sm, moving_sm
         b, h, kv_head, row, used, span = position
         wg = lax.axis_index("wg")
         here, block = pl.ds(row, ROWS), lax.div(row, jnp.int32(TILE))
@@ -149,12 +149,10 @@ def query_gradient(problem: Problem, operands: Operands, *, stages: int) -> jax.
                 [full(shape, 0.0, jnp.float16)],
                 interpret=interpret,
             )
-            barriers.done(0, slot)
             ds8, ds_scale = quantize_half([ds], sign, interpret=interpret)
-            barriers.wait(1, slot)
             gain = ds_scale * (sk * bound * 2.0**-HALF_EXPONENT)
             (dq,) = _add_products((dq,), ds8, kt_sm.at[slot], gain, sign, interpret)
-            barriers.done(1, slot)
+            barriers.done(0, slot)
             return dq, excess + gain * (jnp.float32(sign) * MAGIC), next_sk
 
         start = full((ROWS, head_dim), 0.0), full((ROWS,), 0.0, layout=ROW), scale_of(span.first)
@@ -178,8 +176,11 @@ def query_gradient(problem: Problem, operands: Operands, *, stages: int) -> jax.
         b, _, kv_head, _, _, span = position
         at = pl.ds((span.first + step) * TILE, TILE)
         return (
-            (x.key.at[b, kv_head, at], x.value.at[b, at, kv_head]),
-            (x.key_transposed.at[b, kv_head, :, at],),
+            (
+                x.key.at[b, kv_head, at],
+                x.value.at[b, at, kv_head],
+                x.key_transposed.at[b, kv_head, :, at],
+            ),
         )
 
     here, moving = (COMPUTE_WARPGROUPS, ROWS, head_dim), (stages, TILE, head_dim)
@@ -193,8 +194,11 @@ def query_gradient(problem: Problem, operands: Operands, *, stages: int) -> jax.
             tile(here, problem.dtype),
         ),
         moving=(
-            (tile(moving, jnp.int8), tile(moving, operands.value.dtype)),
-            (tile((stages, head_dim, TILE), jnp.int8),),
+            (
+                tile(moving, jnp.int8),
+                tile(moving, operands.value.dtype),
+                tile((stages, head_dim, TILE), jnp.int8),
+            ),
         ),
         stages=stages,
         out_type=[jax.ShapeDtypeStruct(problem.query_shape, problem.dtype)],
@@ -220,7 +224,7 @@ def key_value_gradients(
 
     def compute(refs, fixed_sm, moving_sm, barriers, position):
         x, (dk, dv) = refs
-        (k_sm, v_sm, *out_sm), ((q_sm, lse_sm), (dot_sm,), (do_sm, delta_sm), (qt_sm,)) = (
+        (k_sm, v_sm, *out_sm), ((q_sm, lse_sm, dot_sm), (do_sm, delta_sm, qt_sm)) = (
             fixed_sm,
             moving_sm,
         )
@@ -232,7 +236,10 @@ def key_value_gradients(
         sk = x.key_scale[b, kv_head, block] * score_scale
         plgpu.barrier_wait(barriers.fixed.at[wg])
         tiles = span.last - span.first
-        halves = [pl.ds(i * ROWS, ROWS) for i in range(TILE // ROWS)]
+        # Registers are short at head_dim 128: half of a tile at a time, and S before dP.
+        together = head_dim == ROWS
+        shape = (ROWS, TILE if together else TILE // 2)
+        parts = [pl.ds(i, shape[1]) for i in range(0, TILE, shape[1])]
 
         def head(g, carry):
             h = kv_head * problem.group + g
@@ -248,41 +255,67 @@ def key_value_gradients(
                 barriers.wait(0, slot)
                 c = jnp.minimum(sk * sq, LARGEST_SCALE)
 
-                def probabilities(i, s_sum):
-                    s_sum.add(k_sm.at[wg], q_sm.at[slot, halves[i]])
-                    lse = plgpu.load(lse_sm.at[slot, halves[i]], layout=COLUMN)
-                    p = jnp.exp2(s_sum.read() * c - columns(lse + MAGIC * c, _SQUARE))
+                def start_s(part, s_sum):
+                    s_sum.add(k_sm.at[wg], q_sm.at[slot, part])
+
+                def start_dp(part, dp_sum):
+                    dp_sum.add(v_sm.at[wg], do_sm.at[slot, part])
+
+                def finish_p(part, s_sum, in_flight=0):
+                    lse = plgpu.load(lse_sm.at[slot, part], layout=COLUMN)
+                    p = jnp.exp2(s_sum.read(in_flight) * c - columns(lse + MAGIC * c, shape))
                     if masked:
-                        first = step * TILE + i * ROWS
-                        p = jnp.where(problem.visible_transposed(_SQUARE, row, first), p, 0.0)
-                    return (to_half(p, interpret=interpret),)
+                        seen = problem.visible_transposed(shape, row, step * TILE + part.start)
+                        p = jnp.where(seen, p, 0.0)
+                    return to_half(p, interpret=interpret)
 
-                def gradient(i, p, dp_sum):
-                    dp_sum.add(v_sm.at[wg], do_sm.at[slot, halves[i]])
-                    delta = plgpu.load(delta_sm.at[slot, halves[i]], layout=COLUMN)
-                    dp = dp_sum.read() * inverse_bound - columns(delta, _SQUARE)
-                    return (p * to_half(dp, interpret=interpret),)
+                def finish_ds(part, p, dp_sum):
+                    delta = plgpu.load(delta_sm.at[slot, part], layout=COLUMN)
+                    dp = dp_sum.read() * inverse_bound - columns(delta, shape)
+                    return p * to_half(dp, interpret=interpret)
 
-                def half(body, integer):
-                    empty = full(_SQUARE, 0.0, jnp.float16)
-                    sums = [Sum(_SQUARE, integer)]
-                    return accumulate(body, sums, [empty], interpret=interpret)[0]
+                def p_alone(part, s_sum):
+                    start_s(part, s_sum)
+                    return (finish_p(part, s_sum),)
 
-                ps = [half(functools.partial(probabilities, i), True) for i in range(len(halves))]
-                barriers.done(0, slot)
+                def ds_alone(part, p, dp_sum):
+                    start_dp(part, dp_sum)
+                    return (finish_ds(part, p, dp_sum),)
+
+                def p_and_ds(part, s_sum, dp_sum):
+                    start_s(part, s_sum)
+                    start_dp(part, dp_sum)
+                    p = finish_p(part, s_sum, in_flight=1)
+                    return p, finish_ds(part, p, dp_sum)
+
+                def compute(body, *arguments, integer):
+                    return accumulate(
+                        functools.partial(body, *arguments),
+                        [Sum(shape, i) for i in integer],
+                        [full(shape, 0.0, jnp.float16)] * len(integer),
+                        interpret=interpret,
+                    )
+
+                ps, ds = [], []
+                if together:
+                    barriers.wait(1, slot)
+                    p, d = compute(p_and_ds, parts[0], integer=(True, False))
+                    ps, ds = [p], [d]
+                else:
+                    for part in parts:
+                        ps += compute(p_alone, part, integer=(True,))
                 p8, p_scale = quantize_half(ps, sign, interpret=interpret)
-                barriers.wait(1, slot)
                 p_gain = p_scale * (sdo * 2.0**-HALF_EXPONENT)
                 dv = _add_products(dv, p8, dot_sm.at[slot], p_gain, sign, interpret)
-                barriers.done(1, slot)
-                barriers.wait(2, slot)
-                ds = [half(functools.partial(gradient, i, p), False) for i, p in enumerate(ps)]
-                barriers.done(2, slot)
+                barriers.done(0, slot)
+                if not together:
+                    barriers.wait(1, slot)
+                    for part, p in zip(parts, ps, strict=True):
+                        ds += compute(ds_alone, part, p, integer=(False,))
                 ds8, ds_scale = quantize_half(ds, sign, interpret=interpret)
-                barriers.wait(3, slot)
                 ds_gain = ds_scale * (sq * bound * 2.0**-HALF_EXPONENT)
                 dk = _add_products(dk, ds8, qt_sm.at[slot], ds_gain, sign, interpret)
-                barriers.done(3, slot)
+                barriers.done(1, slot)
                 excess = [
                     e + g * (jnp.float32(sign) * MAGIC)
                     for e, g in zip(excess, (ds_gain, p_gain), strict=True)
@@ -322,10 +355,16 @@ def key_value_gradients(
         block = span.first + lax.rem(step, tiles)
         at = pl.ds(block * TILE, TILE)
         return (
-            (x.query.at[b, h, at], x.statistics.at[b, h, block, 0]),
-            (x.d_out_transposed.at[b, h, :, at],),
-            (x.d_out.at[b, at, h], x.statistics.at[b, h, block, 1]),
-            (x.query_transposed.at[b, h, :, at],),
+            (
+                x.query.at[b, h, at],
+                x.statistics.at[b, h, block, 0],
+                x.d_out_transposed.at[b, h, :, at],
+            ),
+            (
+                x.d_out.at[b, at, h],
+                x.statistics.at[b, h, block, 1],
+                x.query_transposed.at[b, h, :, at],
+            ),
         )
 
     here, moving = (COMPUTE_WARPGROUPS, ROWS, head_dim), (stages, TILE, head_dim)
@@ -340,10 +379,8 @@ def key_value_gradients(
         _Kernel(compute, fetch, position, steps),
         fixed=(tile(here, jnp.int8), tile(here, operands.value.dtype), *staging),
         moving=(
-            (tile(moving, jnp.int8), row),
-            (transposed,),
-            (tile(moving, operands.d_out.dtype), row),
-            (transposed,),
+            (tile(moving, jnp.int8), row, transposed),
+            (tile(moving, operands.d_out.dtype), row, transposed),
         ),
         stages=stages,
         out_type=[jax.ShapeDtypeStruct(problem.key_shape, problem.dtype)] * 2,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.sage_attention import backward_sm90, forward_sm90, quantize_sm90
+from kernels_pallas.sage_attention import backward_sm90, forward_sm90
 from kernels_pallas.sage_attention.masking import Masking, Structure
 from kernels_pallas.sage_attention.problem import (
     COMPUTE_WARPGROUPS,
@@ -17,7 +17,8 @@ from kernels_pallas.sage_attention.problem import (
     Problem,
     round_up,
 )
-from kernels_pallas.sage_attention.quantize import Quantized, subtract_mean
+from kernels_pallas.sage_attention.quantize import subtract_mean
+from kernels_pallas.sage_attention.quantize_sm90 import Codes, Quantizer
 from kernels_pallas.sage_attention.reference import EMPTY_LOGSUMEXP
 from kernels_pallas.sage_attention.tiling import Tiling
 
@@ -92,8 +93,8 @@ def tiling_for(keys: int) -> Tiling:
 class Residuals(NamedTuple):
     """What the backward pass needs. Tokens of INT8 arrays are padded; heads come before them."""
 
-    query: Quantized  # int8 (batch, heads, queries, head_dim), scale (batch, heads, tiles)
-    key: Quantized
+    query: Codes
+    key: Codes
     key_mean: jax.Array  # float32 (batch, kv_heads, head_dim)
     value: jax.Array  # 16 bits, smoothed if the options say so
     out: jax.Array  # of the values above
@@ -109,14 +110,20 @@ def forward(
     value: jax.Array,
     bias: None,
     masking: Masking,
+    *,
+    differentiated: bool = True,
 ) -> tuple[jax.Array, jax.Array | None, Residuals]:
-    """Computes attention; arguments and results are those of `reference.forward`."""
+    """Computes attention; arguments and results are those of `reference.forward`.
+
+    Unless `differentiated`, the transposed copies that only `backward` needs are not made.
+    """
     assert bias is None
     lengths = _lengths(options, query, key, masking)
-    return _over_batches(functools.partial(_forward, options))(query, key, value, *lengths)
+    compute = functools.partial(_forward, options, differentiated)
+    return _over_batches(compute)(query, key, value, *lengths)
 
 
-def _forward(options, query, key, value, *lengths):
+def _forward(options, differentiated, query, key, value, *lengths):
     problem = _problem(options, query, key)
     dtype, dim, padded = key.dtype, query.shape[-1], problem.head_dim
     queries, keys = query.shape[1], key.shape[1]
@@ -132,21 +139,20 @@ def _forward(options, query, key, value, *lengths):
     if options.smooth_values:
         value, value_mean = subtract_mean(value, attended, token_axes=(1,))
 
-    plain = functools.partial(_quantize, options, transposed=False)
-    query8 = Quantized(*plain(query, TILE, lengths=query_lengths))
-    block_kv = options.tiling.block_kv
-    key8 = Quantized(*plain(key, block_kv, mean=key_mean, lengths=key_lengths))
-    value8, value_scale = _quantize(options, value, block_kv, transposed=True)
+    block_kv, quantized = options.tiling.block_kv, functools.partial(_quantize, options)
+    query8 = quantized(query, TILE, transposed=differentiated, lengths=query_lengths)
+    key8 = quantized(key, block_kv, transposed=differentiated, mean=key_mean, lengths=key_lengths)
+    value8 = quantized(value, block_kv, plain=False)
     tiles = forward_sm90.ForwardTiles(
         options.tiling.block_kv, _stages(_forward_bytes(problem, options))
     )
     results = forward_sm90.forward(
         problem,
         tiles,
-        query8.codes,
-        key8.codes,
-        value8,
-        (query8.scale, key8.scale, value_scale),
+        query8.plain,
+        key8.plain,
+        value8.transposed,
+        (query8.scale, key8.scale, value8.scale),
         lengths,
     )
     out, largest, total = _varying_like(value, results)
@@ -188,17 +194,13 @@ def _backward(options, shapes, residuals, d_out, d_logsumexp):
     d_out = _pad(_pad(d_out, 3, problem.head_dim), 1, problem.query_shape[1])
     if problem.ragged_queries:
         d_out = _keep(d_out, x.query_length)
-    transposed = functools.partial(_quantize, options, transposed=True)
-    d_out8, d_out_scale = transposed(d_out, TILE)
-    # The largest of the codes of a tile is 127, so they are quantized to themselves.
-    query_transposed, _ = transposed(_tokens_first(x.query.codes), TILE)
-    key_transposed, _ = transposed(_tokens_first(x.key.codes), options.tiling.block_kv)
+    d_out8 = _quantize(options, d_out, TILE, plain=False)
     delta = jnp.sum(d_out.astype(jnp.float32) * x.out.astype(jnp.float32), axis=-1)
     if d_logsumexp is not None:
         sees = x.logsumexp[:, :, : query.shape[1]].swapaxes(1, 2) < 1e30
         d_logsumexp = jnp.where(sees, d_logsumexp, 0.0)
         delta -= _pad(d_logsumexp, 1, delta.shape[1])
-    padded_queries = x.query.codes.shape[2]
+    padded_queries = x.query.plain.shape[2]
     delta = _pad(delta.swapaxes(1, 2), 2, padded_queries)
     tile_bound = _score_gradient_bound(problem, d_out, x.value, delta)
     bound = tile_bound.max(axis=-1)
@@ -208,18 +210,16 @@ def _backward(options, shapes, residuals, d_out, d_logsumexp):
         delta / bound[..., None],
     ]
     operands = backward_sm90.Operands(
-        query=x.query.codes,
-        query_transposed=query_transposed.reshape(
-            x.query.codes.shape[:2] + query_transposed.shape[2:]
-        ),
+        query=x.query.plain,
+        query_transposed=x.query.transposed,
         query_scale=x.query.scale,
-        key=x.key.codes,
-        key_transposed=key_transposed.reshape(x.key.codes.shape[:2] + key_transposed.shape[2:]),
+        key=x.key.plain,
+        key_transposed=x.key.transposed,
         key_scale=jnp.repeat(x.key.scale, options.tiling.block_kv // TILE, axis=2),
         value=x.value,
         d_out=d_out.astype(x.value.dtype),
-        d_out_transposed=d_out8,
-        d_out_scale=d_out_scale,
+        d_out_transposed=d_out8.transposed,
+        d_out_scale=d_out8.scale,
         bound=bound,
         tile_bound=tile_bound,
         statistics=jnp.stack([row.reshape(tiles) for row in statistics], axis=3),
@@ -354,18 +354,18 @@ def _pad(x: jax.Array, axis: int, size: int) -> jax.Array:
 
 
 def _quantize(
-    options: Options, x: jax.Array, block: int, *, transposed: bool, **arguments: Any
-) -> tuple[jax.Array, jax.Array]:
-    """Returns codes, as they are or transposed, and scales: see `quantize_sm90.Quantizer`."""
-    quantizer = quantize_sm90.Quantizer(block, not transposed, transposed, options.interpret)
+    options: Options,
+    x: jax.Array,
+    block: int,
+    *,
+    plain: bool = True,
+    transposed: bool = True,
+    **arguments: Any,
+) -> Codes:
+    """Quantizes (batch, tokens, heads, head_dim), one scale for `block` tokens of a head."""
     x = _pad(x, 1, round_up(x.shape[1], 8))
-    codes = _varying_like(x, quantizer(x, **arguments))
-    return (codes.transposed if transposed else codes.plain), codes.scale
-
-
-def _tokens_first(codes: jax.Array) -> jax.Array:
-    """Views (batch, heads, tokens, head_dim) as (batch * heads, tokens, 1, head_dim)."""
-    return codes.reshape(-1, codes.shape[2], 1, codes.shape[3])
+    quantizer = Quantizer(block, plain, transposed, options.interpret)
+    return _varying_like(x, quantizer(x, **arguments))
 
 
 def _raw_logsumexp(options: Options, logsumexp, query, key_mean) -> jax.Array:

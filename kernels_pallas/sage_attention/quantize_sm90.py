@@ -9,7 +9,7 @@ need on their right costs no pass of its own.
 # pyright: reportCallIssue=false
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +34,8 @@ class Codes(NamedTuple):
         scale: float32 (batch, heads, tiles).
     """
 
-    plain: jax.Array | None
-    transposed: jax.Array | None
+    plain: Any
+    transposed: Any
     scale: jax.Array
 
 

@@ -98,6 +98,8 @@ def forward(
     value: jax.Array,
     bias: jax.Array | None,
     masking: Masking,
+    *,
+    differentiated: bool = True,
 ) -> tuple[jax.Array, jax.Array, Residuals]:
     """Compute attention and its log-sum-exp.
 
@@ -108,11 +110,13 @@ def forward(
         value: the shape and dtype of `key`.
         bias: (batch|1, heads|1, queries|1, keys|1) added to the scaled scores, or None.
         masking: who attends to whom.
+        differentiated: whether the third result is needed; here it makes no difference.
 
     Returns:
         The output (batch, queries, heads, head_dim) in the dtype of the query, the log-sum-exp
         (batch, queries, heads) in float32, and what the backward pass needs.
     """
+    del differentiated
     layout = _Layout.of(options, query, key)
     bias, masking = layout.pad_pairs(bias), layout.pad_masking(masking)
     attending, attended = coverage(

@@ -23,6 +23,8 @@ class Passes(Protocol):
         value: jax.Array,
         bias: jax.Array | None,
         masking: Masking,
+        *,
+        differentiated: bool,
     ) -> tuple[jax.Array, jax.Array | None, Any]:
         """Returns output, log-sum-exp (or None) and what `backward` needs."""
         ...
@@ -50,12 +52,13 @@ def _attention(
     masking: Masking,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Compute the output and the log-sum-exp; see `reference.forward` for the arguments."""
-    out, logsumexp, _ = passes.forward(options, query, key, value, bias, masking)
+    inputs = (query, key, value, bias, masking)
+    out, logsumexp, _ = passes.forward(options, *inputs, differentiated=False)
     return out, logsumexp
 
 
 def _forward(passes, options, query, key, value, bias, masking):
-    results = passes.forward(options, query, key, value, bias, masking)
+    results = passes.forward(options, query, key, value, bias, masking, differentiated=True)
     out, logsumexp, residuals = jax.tree.map(lambda x: checkpoint_name(x, RESIDUALS), results)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (query, key, bias))
     return (out, logsumexp), (residuals, _Static(shapes))
