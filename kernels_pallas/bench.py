@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import datetime
 import functools
+import itertools
 import json
 import statistics
 import subprocess
@@ -128,6 +129,27 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def markdown(records: Sequence[dict[str, Any]]) -> str:
+    """The records as a table for a document: a line for each shape, both passes side by side."""
+    lines = [
+        "| batch, tokens, heads, head_dim | mask | forward | cuDNN | ratio | both passes | cuDNN "
+        "| ratio |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    shapes: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for record in records:
+        names = (field.name for field in dataclasses.fields(Shape))
+        shapes.setdefault(tuple(record[name] for name in names), {})[record["pass"]] = record
+    for (*size, causal), passes_of_shape in shapes.items():
+        cells = [", ".join(map(str, size)), "causal" if causal else "full"]
+        for name in ("forward", "forward_backward"):
+            record = passes_of_shape[name]
+            exact = record.get("cudnn_ms", record.get("exact_ms"))
+            cells += [f"{record['ms']:.2f} ms", f"{exact:.2f} ms", f"{record['ratio']:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
     """Draws TOPS over the number of tokens, a panel for each pass."""
     import matplotlib.figure
@@ -153,6 +175,22 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def _measure_all(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Times all shapes; what was measured is written at once, should the rest be cut off."""
+    masks = {"full": [False], "causal": [True], "both": [False, True]}[options.mask]
+    size = (options.batch, options.tokens[0], options.heads, options.head_dim[0])
+    array = jax.ShapeDtypeStruct(size, jnp.bfloat16)
+    print(explain(array, array, array, implementation=options.implementation), file=sys.stderr)
+    records = []
+    for tokens, head_dim, causal in itertools.product(options.tokens, options.head_dim, masks):
+        shape = Shape(options.batch, tokens, options.heads, head_dim, causal)
+        records += measure(shape, options.implementation, options.runs)
+        print(table(records[-2:]).split("\n", 1)[1], file=sys.stderr)
+        if options.json:
+            options.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    return records
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, measure, print, and write what was asked for."""
     parser = argparse.ArgumentParser(
@@ -170,26 +208,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--mask", choices=("full", "causal", "both"), default="both", help="which masks"
     )
     parser.add_argument("--implementation", help="mosaic_gpu or xla; default: the first that works")
+    parser.add_argument(
+        "--records", type=Path, metavar="FILE", help="measure nothing, show these records again"
+    )
+    parser.add_argument("--markdown", action="store_true", help="print a table for a document")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the records here")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw TOPS over tokens as PNG")
     options = parser.parse_args(arguments)
     if min(options.batch, options.heads, options.runs, *options.tokens, *options.head_dim) < 1:
         parser.error("batch, heads, runs, tokens and head-dim must be at least 1")
 
-    masks = {"full": [False], "causal": [True], "both": [False, True]}[options.mask]
-    size = (options.batch, options.tokens[0], options.heads, options.head_dim[0])
-    array = jax.ShapeDtypeStruct(size, jnp.bfloat16)
-    print(explain(array, array, array, implementation=options.implementation), file=sys.stderr)
-    records = []
-    for head_dim in options.head_dim:
-        for causal in masks:
-            for tokens in options.tokens:
-                shape = Shape(options.batch, tokens, options.heads, head_dim, causal)
-                records += measure(shape, options.implementation, options.runs)
-                print(table(records[-2:]).split("\n", 1)[1], file=sys.stderr)
-    print(table(records))
-    if options.json:
-        options.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    if options.records:
+        records = json.loads(options.records.read_text(encoding="utf-8"))
+    else:
+        records = _measure_all(options)
+    print(markdown(records) if options.markdown else table(records))
     if options.plot:
         plot(records, options.plot)
 

@@ -1,6 +1,7 @@
 """The benchmark: what it prints, writes and refuses; its speed is nobody's business here."""
 
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -26,6 +27,26 @@ def test_writes_records_table_and_plot(tmp_path, capsys):
     printed = capsys.readouterr()
     assert "sage_attention runs as 'xla', not as 'mosaic_gpu'" in printed.err
     assert printed.out.count("causal") == 4
+
+
+def test_documents_show_the_records():
+    root = Path(__file__).parents[2]
+    records = json.loads((root / "kernels_pallas/results/h100.json").read_text())
+    assert bench.markdown(records) in (root / "README.md").read_text()
+    for record in records:
+        assert record["ratio"] == pytest.approx(record["cudnn_ms"] / record["ms"], abs=0.01)
+
+
+def test_shows_records_again(tmp_path, capsys):
+    record = {
+        "pass": "forward", "batch": 1, "tokens": 8, "heads": 2, "head_dim": 64, "causal": True,
+        "ms": 2.0, "cudnn_ms": 3.0, "ratio": 1.5, "tops": 7.0,
+    }  # fmt: skip
+    file = tmp_path / "records.json"
+    file.write_text(json.dumps([record, {**record, "pass": "forward_backward"}]))
+    bench.main(["sage_attention", "--records", str(file), "--markdown"])
+    line = "| 1, 8, 2, 64 | causal | 2.00 ms | 3.00 ms | 1.50 | 2.00 ms | 3.00 ms | 1.50 |"
+    assert capsys.readouterr().out.splitlines()[-1] == line
 
 
 def test_counts_operations():

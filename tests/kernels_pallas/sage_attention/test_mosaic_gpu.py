@@ -1,6 +1,9 @@
 """The Hopper kernels: in the interpreter on any machine, and on the GPU with `pytest -m gpu`."""
 
+import concurrent.futures
 import functools
+import os
+import random
 import sys
 
 import hypothesis
@@ -50,8 +53,14 @@ def like_the_kernels(*, smooth_values=False, keys, **options):
     return attend
 
 
-def compare(inputs, *, bound=3e-3, **options):
-    """The kernels against the reference with the same tiles."""
+def compare(inputs, *, bound=None, **options):
+    """The kernels against the reference with the same tiles.
+
+    Where exponentials differ in the last bit, a code is sometimes rounded the other way. Among few
+    numbers a single one shows.
+    """
+    if bound is None:
+        bound = 3e-3 if min(x.shape[1] for x in inputs[:2]) >= 64 else 1e-2
     keys = inputs[1].shape[1]
     attend = functools.partial(sage_attention, implementation="mosaic_gpu", **options)
     actual = with_gradients(attend, inputs)
@@ -205,31 +214,31 @@ class TestInterpreted:
     @hypothesis.given(data=st.data())
     def test_fuzz(self, data):
         with interpreted(detect_races=False):
-            inputs, options = draw_case(data, [1, 63, 64, 65, 129, 257])
+            choose = lambda options: data.draw(st.sampled_from(options))
+            inputs, options = draw_case(choose, [1, 63, 64, 65, 129, 257])
             compare(inputs, **options)
 
 
-def draw_case(data, lengths, heads=2):
-    """Inputs and options of every kind."""
-    lengths = st.sampled_from(lengths)
-    queries, keys = data.draw(lengths), data.draw(lengths)
-    kv_heads, group = data.draw(st.integers(1, heads)), data.draw(st.integers(1, heads))
-    batch, dim = data.draw(st.integers(1, 2)), data.draw(st.sampled_from([8, 64, 72, 128]))
-    options = {"is_causal": data.draw(st.booleans())}
-    if data.draw(st.booleans()):
-        options["local_window_size"] = (data.draw(lengths), data.draw(lengths))
+def draw_case(choose, lengths, heads=2):
+    """Inputs and options of every kind; `choose` picks one of a sequence."""
+    queries, keys = choose(lengths), choose(lengths)
+    kv_heads, group = choose(range(1, heads + 1)), choose(range(1, heads + 1))
+    batch, dim = choose([1, 2]), choose([8, 64, 72, 128])
+    options = {"is_causal": choose([False, True])}
+    if choose([False, True]):
+        options["local_window_size"] = (choose(lengths), choose(lengths))
     for name, most in (("query_seq_lengths", queries), ("key_value_seq_lengths", keys)):
-        if data.draw(st.booleans()):
-            options[name] = np.array([data.draw(st.integers(0, most)) for _ in range(batch)])
+        if choose([False, True]):
+            options[name] = np.array([choose(range(most + 1)) for _ in range(batch)])
     inputs = draw(
-        data.draw(st.integers(0, 99)),
+        choose(range(100)),
         batch=batch,
         queries=queries,
         keys=keys,
         heads=kv_heads * group,
         kv_heads=kv_heads,
         dim=dim,
-        key_bias=data.draw(st.sampled_from([0.0, 8.0])),
+        key_bias=choose([0.0, 8.0]),
     )
     return inputs, options
 
@@ -382,13 +391,18 @@ class TestOnTheGpu(AttentionConformance):
         shapes, options = CASES[name]
         compare(draw(5, **shapes), **options)
 
-    @hypothesis.settings(
-        max_examples=200,
-        deadline=None,
-        derandomize=True,
-        suppress_health_check=[hypothesis.HealthCheck.differing_executors],
-    )
-    @hypothesis.given(data=st.data())
-    def test_agrees_with_the_reference_on_drawn_shapes(self, data):
-        inputs, options = draw_case(data, [1, 2, 31, 64, 65, 127, 200, 257, 700, 1025], heads=3)
-        compare(inputs, **options)
+    def test_agrees_with_the_reference_on_drawn_shapes(self):
+        """200 programs: compiling takes the time, so many are compiled at once."""
+
+        def check(seed):
+            lengths = [1, 2, 31, 64, 65, 127, 200, 257, 700, 1025]
+            inputs, options = draw_case(random.Random(seed).choice, lengths, heads=3)
+            try:
+                compare(inputs, **options)
+            except AssertionError as error:
+                shapes = [x.shape for x in inputs[:2]]
+                return f"seed {seed}, {shapes}, {options}: {str(error).splitlines()[0]}"
+
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            failures = [failure for failure in pool.map(check, range(200)) if failure]
+        assert not failures, "\n".join(failures)
