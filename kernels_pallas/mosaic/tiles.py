@@ -20,17 +20,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from kernels_pallas.mosaic.products import (
-    MAGIC,
-    ROW,
-    WGMMA,
-    element,
-    permute,
-    permute_bytes,
-    ptx,
-    row_array,
-    tree,
-)
+from kernels_pallas.mosaic.products import MAGIC, ROW, WGMMA, permute
+from kernels_pallas.mosaic.registers import element, permute_bytes, ptx, row_array, tree
 
 
 def largest_of_tile(

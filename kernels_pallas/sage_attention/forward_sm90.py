@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.mosaic.halves import largest_of_rows, round_half, sum_half, to_half
 from kernels_pallas.mosaic.products import (
     MAGIC,
     ROW,
@@ -25,12 +26,8 @@ from kernels_pallas.mosaic.products import (
     Sum,
     accumulate,
     full,
-    largest_of_rows,
-    round_half,
     rows,
-    sum_half,
     tile,
-    to_half,
 )
 from kernels_pallas.sage_attention.problem import (
     COMPILER_PARAMS,

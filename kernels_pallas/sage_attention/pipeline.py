@@ -1,0 +1,128 @@
+"""The frame of the backward kernels: two warpgroups compute, one keeps copies in flight."""
+
+# Pallas' decorators are typed more narrowly than they work.
+# pyright: reportCallIssue=false
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas.sage_attention.problem import COMPILER_PARAMS, COMPUTE_WARPGROUPS, Problem
+
+
+class Barriers(NamedTuple):
+    """The barriers of a kernel.
+
+    Attributes:
+        fixed: for each warpgroup, its own two tiles have arrived.
+        arrived: for each group of operands and each slot, they have arrived.
+        free: for each group and slot, all warpgroups are done with them.
+        stages: number of slots.
+    """
+
+    fixed: Any
+    arrived: Sequence[Any]
+    free: Sequence[Any]
+    stages: int
+
+    def wait(self, group: int, slot: jax.Array) -> None:
+        """Waits until the operands of a group have arrived."""
+        plgpu.barrier_wait(self.arrived[group].at[slot])
+
+    def done(self, group: int, slot: jax.Array) -> None:
+        """Says that this warpgroup needs the operands of a group no more."""
+        plgpu.barrier_arrive(self.free[group].at[slot])
+
+    def slot(self, step: jax.Array) -> jax.Array:
+        """Returns the slot of a step."""
+        return lax.rem(step, jnp.int32(self.stages))
+
+
+class Kernel(NamedTuple):
+    """The parts in which the two kernels differ.
+
+    Attributes:
+        compute: what a computing warpgroup does.
+        fetch: the sources of the tiles of a step, a group for each barrier.
+        position: where in the problem a block of threads is.
+        steps: number of steps there.
+    """
+
+    compute: Callable[..., None]
+    fetch: Callable[..., Sequence[Sequence[Any]]]
+    position: Callable[..., Any]
+    steps: Callable[[Any], jax.Array]
+
+
+def launch(
+    problem: Problem,
+    operands: Any,
+    kernel: Kernel,
+    *,
+    fixed: Sequence[Any],
+    moving: Sequence[Sequence[Any]],
+    stages: int,
+    out_type: Sequence[jax.ShapeDtypeStruct],
+    heads: int,
+    blocks: int,
+) -> Sequence[jax.Array]:
+    """Runs a kernel of two computing warpgroups and one that keeps `stages` steps in flight."""
+
+    def body(*refs):
+        x, outputs = type(operands)(*refs[: len(operands)]), refs[len(operands) :]
+
+        def scoped(fixed_sm, moving_sm, *barriers):
+            barriers = Barriers(*barriers, stages)
+            wg = lax.axis_index("wg")
+            position = kernel.position(x, lax.axis_index("block"))
+
+            @pl.when(wg < COMPUTE_WARPGROUPS)
+            def _():
+                plgpu.set_max_registers(240, action="increase")
+                kernel.compute((x, outputs), fixed_sm, moving_sm, barriers, position)
+
+            @pl.when(wg == COMPUTE_WARPGROUPS)
+            def _():
+                plgpu.set_max_registers(24, action="decrease")
+                steps = kernel.steps(position)
+
+                def issue(step, slot, *, reused):
+                    sources = kernel.fetch(x, position, step)
+                    groups = zip(sources, moving_sm, barriers.arrived, barriers.free, strict=True)
+                    for source, target, arrived, free in groups:
+                        if reused:
+                            plgpu.barrier_wait(free.at[slot])
+                        for gmem, smem in zip(source, target, strict=True):
+                            plgpu.copy_gmem_to_smem(gmem, smem.at[slot], arrived.at[slot])
+
+                for i in range(stages):
+                    pl.when(i < steps)(lambda i=i: issue(jnp.int32(i), i, reused=False))
+
+                @pl.loop(stages, steps)
+                def _(step):
+                    issue(step, barriers.slot(step), reused=True)
+
+        pl.run_scoped(
+            scoped,
+            tuple(fixed),
+            tuple(moving),
+            plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE_WARPGROUPS),
+            tuple(plgpu.Barrier(num_arrivals=len(g), num_barriers=stages) for g in moving),
+            (plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),) * len(moving),
+            collective_axes="wg",
+        )
+
+    return plgpu.kernel(
+        body,
+        out_type=tuple(out_type),
+        grid=(problem.batch, heads, blocks),
+        grid_names=("batch", "heads", "block"),
+        num_threads=COMPUTE_WARPGROUPS + 1,
+        thread_name="wg",
+        compiler_params=COMPILER_PARAMS,
+    )(*operands)
