@@ -71,12 +71,16 @@ def passes(attend: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
     }
 
 
-def measure(shape: Shape, implementation: Any, runs: int) -> list[dict[str, Any]]:
-    """Times one shape and returns a record for each pass."""
-    size = (shape.batch, shape.tokens, shape.heads, shape.head_dim)
+def draw_inputs(size: tuple[int, int, int, int]) -> list[jax.Array]:
+    """Query, key, value and the gradient of the output, normal, in bfloat16."""
     keys = jax.random.split(jax.random.key(0), 4)
     # Drawn in float32: drawn in bfloat16, normals take few values and round too well.
-    inputs = [jax.random.normal(key, size).astype(jnp.bfloat16) for key in keys]
+    return [jax.random.normal(key, size).astype(jnp.bfloat16) for key in keys]
+
+
+def measure(shape: Shape, implementation: Any, runs: int) -> list[dict[str, Any]]:
+    """Times one shape and returns a record for each pass."""
+    inputs = draw_inputs((shape.batch, shape.tokens, shape.heads, shape.head_dim))
     on_gpu = jax.devices()[0].platform == "gpu"
     exact = functools.partial(
         jax.nn.dot_product_attention,

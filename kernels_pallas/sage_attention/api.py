@@ -16,6 +16,7 @@ from kernels_pallas.mosaic import interpreting
 from kernels_pallas.sage_attention import reference, vjp
 from kernels_pallas.sage_attention.masking import Masking, Structure
 from kernels_pallas.sage_attention.tiling import Tiling
+from kernels_pallas.sage_attention.tuning import tuning_for
 
 type Implementation = Literal["mosaic_gpu", "xla"]
 
@@ -76,6 +77,7 @@ def _mosaic_gpu(call: _Call):
         return_logsumexp=call.return_residual,
         tiling=mosaic_gpu.tiling_for(call.key.shape[1]),
         interpret=interpreting(),
+        tuning=tuning_for(_device(query).device_kind, query.shape[-1]),
     )
     arrays = query, call.key, call.value, None, call.masking
     return vjp.attention(mosaic_gpu, options, *arrays)

@@ -155,7 +155,7 @@ def query_gradient(problem: Problem, operands: Operands, *, stages: int) -> jax.
             return dq, excess + gain * (jnp.float32(sign) * MAGIC), next_sk
 
         start = full((ROWS, head_dim), 0.0), full((ROWS,), 0.0, layout=ROW), scale_of(span.first)
-        pl.when(wg == 1)(problem.stagger)
+        pl.when(wg == 1)(problem.fall_back)
         total, excess, _ = span.fold(visit, start)
         total = (total - rows(excess, total.shape)) * problem.scale
         out_sm.at[wg][...] = total.astype(problem.dtype)
@@ -325,7 +325,7 @@ def key_value_gradients(
 
         zeros = tuple(full(_SQUARE, 0.0) for _ in range(head_dim // ROWS))
         none = [full((ROWS,), 0.0, layout=ROW) for _ in "kv"]
-        pl.when(wg == 1)(problem.stagger)
+        pl.when(wg == 1)(problem.fall_back)
         *totals, excess = lax.fori_loop(0, problem.group, head, (zeros, zeros, none))
         (out_sm,) = out_sm or [v_sm]
         for total, more, scale, out in zip(

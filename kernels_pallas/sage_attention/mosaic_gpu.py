@@ -21,6 +21,7 @@ from kernels_pallas.sage_attention.quantize import subtract_mean
 from kernels_pallas.sage_attention.quantize_sm90 import Codes, Quantizer
 from kernels_pallas.sage_attention.reference import EMPTY_LOGSUMEXP
 from kernels_pallas.sage_attention.tiling import Tiling
+from kernels_pallas.sage_attention.tuning import Tuning
 
 _LARGEST_HEAD_DIM = 128
 _SHARED_MEMORY = 227 * 1024
@@ -40,6 +41,7 @@ class Options:
         return_logsumexp: whether the log-sum-exp is wanted.
         tiling: what shares a scale, from `tiling_for`.
         interpret: whether the kernels run in the interpreter.
+        tuning: choices that change no result.
     """
 
     scale: float
@@ -50,6 +52,7 @@ class Options:
     return_logsumexp: bool
     tiling: Tiling
     interpret: bool
+    tuning: Tuning = dataclasses.field(default_factory=Tuning)
 
 
 def unsupported(
@@ -144,7 +147,7 @@ def _forward(options, differentiated, query, key, value, *lengths):
     key8 = quantized(key, block_kv, transposed=differentiated, mean=key_mean, lengths=key_lengths)
     value8 = quantized(value, block_kv, plain=False)
     tiles = forward_sm90.ForwardTiles(
-        options.tiling.block_kv, _stages(_forward_bytes(problem, options))
+        options.tiling.block_kv, _stages(options, _forward_bytes(problem, options))
     )
     results = forward_sm90.forward(
         problem,
@@ -226,12 +229,12 @@ def _backward(options, shapes, residuals, d_out, d_logsumexp):
         query_length=x.query_length,
         key_length=x.key_length,
     )
-    query_bytes, key_bytes = _backward_bytes(problem)
+    query_stages, key_stages = (_stages(options, size) for size in _backward_bytes(problem))
     gradients = _varying_like(
         d_out,
         (
-            backward_sm90.query_gradient(problem, operands, stages=_stages(query_bytes)),
-            *backward_sm90.key_value_gradients(problem, operands, stages=_stages(key_bytes)),
+            backward_sm90.query_gradient(problem, operands, stages=query_stages),
+            *backward_sm90.key_value_gradients(problem, operands, stages=key_stages),
         ),
     )
     d_query, d_key, d_value = gradients
@@ -310,6 +313,7 @@ def _problem(options: Options, query, key) -> Problem:
         or options.ragged_keys
         or (right is not None and queries + right < keys),
         interpret=options.interpret,
+        stagger=options.tuning.stagger,
     )
 
 
@@ -396,7 +400,7 @@ def _backward_bytes(problem: Problem) -> tuple[tuple[int, int], tuple[int, int]]
     )
 
 
-def _stages(sizes: tuple[int, int]) -> int:
-    """Returns how many stages fit, four at most: more were never faster."""
+def _stages(options: Options, sizes: tuple[int, int]) -> int:
+    """Returns how many stages are wanted and fit."""
     fixed, stage = sizes
-    return min(4, (_SHARED_MEMORY - fixed) // stage)
+    return min(options.tuning.stages, (_SHARED_MEMORY - fixed) // stage)

@@ -87,6 +87,7 @@ class Problem:
         ragged_queries: whether lengths given when the program runs cut queries off.
         ragged_keys: the same for keys.
         interpret: whether the kernels run in the interpreter.
+        stagger: see `tuning.Tuning`.
     """
 
     batch: int
@@ -102,6 +103,7 @@ class Problem:
     ragged_queries: bool = False
     ragged_keys: bool = False
     interpret: bool = False
+    stagger: int = 0
 
     @property
     def group(self) -> int:
@@ -128,13 +130,10 @@ class Problem:
         """Thread blocks along the keys."""
         return -(-self.keys // (COMPUTE_WARPGROUPS * ROWS))
 
-    def stagger(self) -> None:
-        """Lets the second computing warpgroup fall back by about half a step of the backward pass.
-
-        In step, both would wait for the tensor cores together and then exponentiate together.
-        """
-        if not self.interpret:
-            sleep(2000)
+    def fall_back(self) -> None:
+        """Lets the calling warpgroup start later, by `stagger`."""
+        if self.stagger and not self.interpret:
+            sleep(self.stagger)
 
     def longest_first(self, index: jax.Array, count: int) -> jax.Array:
         """Reverses the order of blocks of queries where later ones see more keys."""
