@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--stages", nargs="+", default=[2, 3, 4], help="tiles in flight to try")
     add("--stagger", nargs="+", default=[0, 1000, 2000, 3000], help="nanoseconds to try")
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="default: where it is looked for"
+        "--output", type=Path, metavar="FILE", help="default: where later calls look for it"
     )
     options = parser.parse_args(arguments)
     array = jax.ShapeDtypeStruct((1, options.tokens, options.heads, 64), jnp.bfloat16)

@@ -67,7 +67,7 @@ def test_the_settings_reach_the_kernels(monkeypatch):
 
 
 def test_refusals(capsys):
-    with pytest.raises(ValueError, match="stages must be at least 1 .* got 0 and 5"):
+    with pytest.raises(ValueError, match=r"stages must be at least 1 .* got 0 and 5"):
         Tuning(0, 5)
     with pytest.raises(SystemExit):
         tune.main([])
