@@ -45,8 +45,11 @@ from kernels_pallas.sage_attention.problem import (
     Problem,
 )
 
-HALF_EXPONENT = 15
-"""P, at most 1, and dS go through float16 multiplied by 2**15, close to the largest float16."""
+HALF_EXPONENT = 12
+"""P goes through float16 multiplied by 2**12, so that rows as small as 2**-21 keep 7 bits."""
+
+DP_EXPONENT = 3
+"""dP - D goes through float16 as a part of its bound, multiplied by 2**3; dS then stays finite."""
 
 _LOG2_E = math.log2(math.e)
 _SQUARE = (ROWS, ROWS)
@@ -66,7 +69,8 @@ class Operands(NamedTuple):
         d_out: `problem.query_shape`, 16 bits.
         d_out_transposed: int8 like `query_transposed`.
         d_out_scale: float32 (batch, heads, queries / 128).
-        bound: float32 (batch, heads), powers of two that dP - D does not exceed.
+        bound: float32 (batch, heads), powers of two: |dP - D| does not exceed them times
+            2**DP_EXPONENT.
         tile_bound: the same for each tile of queries, (batch, heads, queries / 128).
         statistics: float32 (batch, heads, queries / 128, 2, 128), for each row its log-sum-exp in
             units of log 2 (infinite for rows that attend to nothing) less HALF_EXPONENT, and

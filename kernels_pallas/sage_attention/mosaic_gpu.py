@@ -249,9 +249,9 @@ def _backward(options, shapes, residuals, d_out, d_logsumexp):
 
 
 def _score_gradient_bound(problem: Problem, d_out, value, delta) -> jax.Array:
-    """Returns powers of two that |dP - D| does not exceed, (batch, heads, tiles of queries).
+    """Returns `Operands.tile_bound`, (batch, heads, tiles of queries).
 
-    |dP| is at most |dO| |V|. The kernels divide by it, so that dS fits into float16.
+    |dP| is at most |dO| |V|. The kernels divide dP - D by it, so that dS fits into float16.
     """
     norm = lambda x: jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1)).swapaxes(1, 2)
     largest_value = jnp.repeat(norm(value).max(axis=-1), problem.group, axis=1)
@@ -259,7 +259,8 @@ def _score_gradient_bound(problem: Problem, d_out, value, delta) -> jax.Array:
     bound = bound.reshape(*delta.shape[:2], -1, TILE).max(axis=-1)
     # Where it is zero or not finite, any bound will do.
     exponent = jnp.frexp(jnp.where((bound > 0) & (bound < jnp.inf), bound, 1.0))[1]
-    return jnp.ldexp(jnp.float32(1.0), jnp.clip(exponent, -100, 100))
+    exponent = jnp.clip(exponent, -100, 100) - backward_sm90.DP_EXPONENT
+    return jnp.ldexp(jnp.float32(1.0), exponent)
 
 
 def _varying_like(operand: jax.Array, results: Any) -> Any:
