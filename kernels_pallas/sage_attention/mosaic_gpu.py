@@ -365,12 +365,16 @@ def _quantize(
     *,
     plain: bool = True,
     transposed: bool = True,
-    **arguments: Any,
+    mean: jax.Array | None = None,
+    lengths: jax.Array | None = None,
 ) -> Codes:
     """Quantizes (batch, tokens, heads, head_dim), one scale for `block` tokens of a head."""
-    x = _pad(x, 1, round_up(x.shape[1], 8))
+    batch, tokens = x.shape[:2]
+    x = _pad(x, 1, round_up(tokens, 8))
+    if lengths is None and x.shape[1] != tokens:
+        lengths = jnp.full((batch,), tokens, jnp.int32)  # the mean is not taken from the padding
     quantizer = Quantizer(block, plain, transposed, options.interpret)
-    return _varying_like(x, quantizer(x, **arguments))
+    return _varying_like(x, quantizer(x, mean=mean, lengths=lengths))
 
 
 def _raw_logsumexp(options: Options, logsumexp, query, key_mean) -> jax.Array:
