@@ -163,7 +163,7 @@ def round_half(parts: Sequence[jax.Array], gain: jax.Array, *, interpret: bool) 
 
 
 def quantize_half(
-    parts: Sequence[jax.Array], sign: jax.Array | None = None, *, interpret: bool
+    parts: Sequence[jax.Array], sign: jax.Array, *, interpret: bool
 ) -> tuple[jax.Array, jax.Array]:
     """Quantizes each row of a float16 array by its largest entry, as `round_half` does.
 
@@ -176,7 +176,7 @@ def quantize_half(
         Codes, int8 (64, sum of n) in the layout WGMMA_8BIT, permuted as by `permute`, and the scale
         of each row, float32 (64,): the codes, without the sign, times it are the values.
     """
-    sign = jnp.float32(1 if sign is None else sign)
+    sign = jnp.float32(sign)
     shape = (parts[0].shape[0], sum(part.shape[1] for part in parts))
     if interpret:
         values = jnp.concatenate(parts, axis=1).astype(jnp.float32)

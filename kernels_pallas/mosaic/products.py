@@ -5,9 +5,9 @@ Three tricks carry the INT8 kernels; see also `docs/sage_attention.md`.
 1.  **Magic accumulators.** 0x4B400000 is the bit pattern of the float MAGIC = 1.5 * 2**23. An int32
     accumulator that starts there is, read as float32, MAGIC + x, exactly, while |x| < 2**22: the
     subtraction of MAGIC takes the place of a conversion, and often disappears in a fused multiply.
-2.  **Magic rounding.** In float16, p + 1536 rounds p to the nearest integer, ties to even; the low
-    byte of the sum is that integer. Two numbers fit in a word, so one fused multiply-add scales
-    and rounds both, and one byte permutation packs four codes.
+2.  **Magic rounding** (`mosaic.halves`). In float16, p + 1536 rounds p to the nearest integer, ties
+    to even; the low byte of the sum is that integer. Two numbers fit in a word, so one fused
+    multiply-add scales and rounds both, and one byte permutation packs four codes.
 3.  **The permutation.** Accumulators hold columns 2t and 2t + 1 of every 8 in lane t, the 8-bit
     left operand wants four neighbors there. Regrouping the registers of two neighboring blocks of
     8 columns costs nothing and equals a permutation of every 16 columns; the right operand is

@@ -291,7 +291,7 @@ def key_value_gradients(
                     p = finish_p(part, s_sum, in_flight=1)
                     return p, finish_ds(part, p, dp_sum)
 
-                def compute(body, *arguments, integer):
+                def multiply(body, *arguments, integer):
                     return accumulate(
                         functools.partial(body, *arguments),
                         [Sum(shape, i) for i in integer],
@@ -302,11 +302,11 @@ def key_value_gradients(
                 ps, ds = [], []
                 if together:
                     barriers.wait(1, slot)
-                    p, d = compute(p_and_ds, parts[0], integer=(True, False))
+                    p, d = multiply(p_and_ds, parts[0], integer=(True, False))
                     ps, ds = [p], [d]
                 else:
                     for part in parts:
-                        ps += compute(p_alone, part, integer=(True,))
+                        ps += multiply(p_alone, part, integer=(True,))
                 p8, p_scale = quantize_half(ps, sign, interpret=interpret)
                 p_gain = p_scale * (sdo * 2.0**-HALF_EXPONENT)
                 dv = _add_products(dv, p8, dot_sm.at[slot], p_gain, sign, interpret)
@@ -314,7 +314,7 @@ def key_value_gradients(
                 if not together:
                     barriers.wait(1, slot)
                     for part, p in zip(parts, ps, strict=True):
-                        ds += compute(ds_alone, part, p, integer=(False,))
+                        ds += multiply(ds_alone, part, p, integer=(False,))
                 ds8, ds_scale = quantize_half(ds, sign, interpret=interpret)
                 ds_gain = ds_scale * (sq * bound * 2.0**-HALF_EXPONENT)
                 dk = _add_products(dk, ds8, qt_sm.at[slot], ds_gain, sign, interpret)

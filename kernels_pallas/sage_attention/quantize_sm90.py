@@ -61,8 +61,8 @@ class Quantizer:
         """Quantizes a tensor; arithmetic as in `quantize.quantize`.
 
         Args:
-            x: (batch, tokens, heads, head_dim), any float dtype or int8; tokens a multiple of 8,
-                head_dim 64 or 128.
+            x: (batch, tokens, heads, head_dim), any float dtype; tokens a multiple of 8, head_dim
+                64 or 128.
             mean: float32 (batch, heads, head_dim), subtracted from tokens below the lengths.
             lengths: int32 (batch,), tokens at or beyond it become zero.
         """

@@ -1,7 +1,6 @@
 """Choosing settings: what is tried, stored, looked up and refused; times are made up."""
 
 import json
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -28,32 +27,22 @@ def test_stored_choices_are_read_and_chosen_ones_come_first(folder):
         assert tuning.tuning_for("Some GPU-2", 128) == Tuning(1, 5)
 
 
-def test_the_fastest_is_stored(folder, monkeypatch, capsys):
-    class Hopper:
-        platform, device_kind, compute_capability = "gpu", "NVIDIA H100 80GB HBM3", "9.0"
-
-    api = sys.modules["kernels_pallas.sage_attention.api"]
-    monkeypatch.setattr(api, "_device", lambda array: Hopper())
-    monkeypatch.setattr(jax, "devices", lambda: [Hopper()])
+def test_the_fastest_is_stored(folder, hopper, monkeypatch, capsys):
+    monkeypatch.setattr(jax, "devices", lambda: [hopper])
     time = lambda choice, size, runs: abs(choice.stagger - 900) + choice.stages + size[3]
     monkeypatch.setattr(tune, "measure", time)
     tune.main(["--head-dim", "128", "--stagger", "0", "1000", "--stages", "2", "3"])
     file = folder / "nvidia_h100_80gb_hbm3.json"
     stored = json.loads(file.read_text())["sage_attention"]
     assert stored == {"128": {"stages": 2, "stagger": 1000}}
-    assert tuning.tuning_for(Hopper.device_kind, 128) == Tuning(2, 1000)
+    assert tuning.tuning_for(hopper.device_kind, 128) == Tuning(2, 1000)
     assert "head_dim 128, 3 stages, 0 ns: 1031.000 ms" in capsys.readouterr().out
     tune.main(["--head-dim", "64", "--stagger", "0", "--stages", "2"])  # keeps what was stored
     assert set(json.loads(file.read_text())["sage_attention"]) == {"64", "128"}
 
 
-def test_the_settings_reach_the_kernels(monkeypatch):
-    class Hopper:
-        platform, device_kind, compute_capability = "gpu", "NVIDIA H100 80GB HBM3", "9.0"
-
-    monkeypatch.setattr(
-        sys.modules["kernels_pallas.sage_attention.api"], "_device", lambda array: Hopper()
-    )
+@pytest.mark.usefixtures("hopper")
+def test_the_settings_reach_the_kernels():
     arrays = [jax.ShapeDtypeStruct((1, 300, 1, 64), jnp.bfloat16)] * 3
 
     def lowered(choice):

@@ -4,7 +4,6 @@ import concurrent.futures
 import functools
 import os
 import random
-import sys
 
 import hypothesis
 import hypothesis.strategies as st
@@ -325,17 +324,6 @@ class TestRefusals:
 
 # Forward and two backward kernels, and the quantization of Q, K, V and dO.
 KERNELS = 7
-
-
-class Hopper:
-    platform, device_kind, compute_capability = "gpu", "NVIDIA H100 80GB HBM3", "9.0"
-
-
-@pytest.fixture
-def hopper(monkeypatch):
-    """Calls choose their implementation as they would on an H100."""
-    api = sys.modules["kernels_pallas.sage_attention.api"]
-    monkeypatch.setattr(api, "_device", lambda array: Hopper())
 
 
 @pytest.mark.usefixtures("hopper")

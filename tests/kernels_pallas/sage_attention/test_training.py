@@ -1,7 +1,6 @@
 """Training through the kernels: rematerialized layers, scanned over; losses of the reference."""
 
 import functools
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -47,17 +46,10 @@ def losses(implementation, *, layers, policy, tokens=1024, width=256, steps=10):
     return np.array(found)
 
 
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize(("policy", "kernels"), [(KEEP, 7), (None, 7 + 4)])
-def test_a_layer_that_keeps_the_residuals_runs_no_forward_kernel_again(
-    policy, kernels, monkeypatch
-):
+def test_a_layer_that_keeps_the_residuals_runs_no_forward_kernel_again(policy, kernels):
     """Lowered as for an H100, so nothing runs; four kernels are the forward pass."""
-
-    class Hopper:
-        platform, device_kind, compute_capability = "gpu", "NVIDIA H100 80GB HBM3", "9.0"
-
-    api = sys.modules["kernels_pallas.sage_attention.api"]
-    monkeypatch.setattr(api, "_device", lambda array: Hopper())
     shapes = [(12, 4, 128, 128), (2, 200, 128), (2, 200, 128)]
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     traced = jax.jit(jax.grad(model("mosaic_gpu", policy))).trace(*arguments)
