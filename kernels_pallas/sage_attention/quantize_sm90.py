@@ -1,14 +1,15 @@
 """The quantization kernel for Hopper: INT8 codes of tiles, as they are, transposed, or both.
 
-One warpgroup reads a tile into shared memory, finds its largest entry, rounds, and writes. So every
-number is read from global memory once, and the transposed and permuted copy that 8-bit products
-need on their right costs no pass of its own.
+A block of threads owns a tile, each warpgroup 64 of its tokens. They find the largest entry, meet,
+round, and write. So every number is read from global memory once, and the transposed and permuted
+copy that 8-bit products need on their right costs no pass of its own.
 """
 
 # Pallas' decorators are typed more narrowly than they work.
 # pyright: reportCallIssue=false
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -73,70 +74,81 @@ class Quantizer:
         masked = lengths is not None or (mean is not None and padded != tokens)
         offsets = jnp.zeros((batch, heads, dim), jnp.float32) if mean is None else mean
 
-        def kernel(x_ref, offset_ref, end_ref, *outputs_and_scratch):
-            *outputs, scale_ref, x_sm, plain_sm, transposed_sm, scratch, arrived = (
-                outputs_and_scratch
-            )
+        warpgroups = self.block // ROWS
+
+        def kernel(refs, x_sm, plain_sm, transposed_sm, scratch, largest_sm, arrived, met):
+            x_ref, offset_ref, end_ref, *outputs, scale_ref = refs
             b, h, block = (lax.axis_index(name) for name in ("batch", "heads", "block"))
-            here = pl.ds(block * self.block, self.block)
-            plgpu.copy_gmem_to_smem(x_ref.at[b, here, h], x_sm, arrived)
+            wg = lax.axis_index("wg")
+            here, rows = pl.ds(block * self.block, self.block), pl.ds(wg * ROWS, ROWS)
+            start = block * self.block + wg * ROWS
+
+            def meet():
+                plgpu.barrier_arrive(met)
+                plgpu.barrier_wait(met)
+
+            plgpu.copy_gmem_to_smem(
+                x_ref.at[b, pl.ds(start, ROWS), h], x_sm.at[rows], arrived.at[wg]
+            )
             if mean is not None:
                 offset = plgpu.load(offset_ref.at[b, h], layout=COLUMN, optimized=False)
-            end = end_ref[b] - block * self.block
-            plgpu.barrier_wait(arrived)
-            parts = range(self.block // ROWS)
+            plgpu.barrier_wait(arrived.at[wg])
+            values = plgpu.load(x_sm.at[rows], layout=WGMMA).astype(jnp.float32)
+            if mean is not None:
+                values -= columns(offset, values.shape)
+            if masked:
+                row = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=WGMMA)
+                values = jnp.where(row < end_ref[b] - start, values, 0.0)
 
-            def read(part):
-                rows_here = pl.ds(part * ROWS, ROWS)
-                values = plgpu.load(x_sm.at[rows_here], layout=WGMMA).astype(jnp.float32)
-                if mean is not None:
-                    values -= columns(offset, values.shape)
-                if masked:
-                    row = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=WGMMA)
-                    values = jnp.where(row < end - part * ROWS, values, 0.0)
-                return values
-
-            largest = largest_of_tile(
-                [lambda part=part: read(part) for part in parts], scratch, interpret=self.interpret
-            )
-            scale = jnp.maximum(largest * (1.0 / 127.0), _TINY)
-            scale = jnp.where(largest < jnp.inf, scale, jnp.nan)
-            inverse = 1.0 / scale
-            for part in parts:
-                codes = round_to_codes(read(part) * inverse, interpret=self.interpret)
-                rows_here = pl.ds(part * ROWS, ROWS)
-                if self.plain:
-                    plain_sm[rows_here] = codes.astype(jnp.int8)
-                if self.transposed:
-                    store_transposed(codes, transposed_sm, part, interpret=self.interpret)
-            plgpu.commit_smem()
-            outputs = iter(outputs)
+            largest_sm[wg] = largest_of_tile(values, scratch.at[wg], interpret=self.interpret)
+            meet()
+            found = [largest_sm[i] for i in range(warpgroups)]
+            scale = functools.reduce(jnp.maximum, found) * (1.0 / 127.0)
+            scale = jnp.where(scale < jnp.inf, jnp.maximum(scale, _TINY), jnp.nan)
+            codes = round_to_codes(values * (1.0 / scale), interpret=self.interpret)
             if self.plain:
-                plgpu.copy_smem_to_gmem(plain_sm, next(outputs).at[b, h, here])
+                plain_sm[rows] = codes.astype(jnp.int8)
             if self.transposed:
-                plgpu.copy_smem_to_gmem(transposed_sm, next(outputs).at[b, h, :, here])
-            scale_ref[b, h, block] = scale
-            plgpu.wait_smem_to_gmem(0)
+                store_transposed(codes, transposed_sm, wg, interpret=self.interpret)
+            plgpu.commit_smem()
+            meet()
 
-        int8 = jnp.int8
+            @pl.when(wg == 0)
+            def _():
+                targets = iter(outputs)
+                if self.plain:
+                    plgpu.copy_smem_to_gmem(plain_sm, next(targets).at[b, h, here])
+                if self.transposed:
+                    plgpu.copy_smem_to_gmem(transposed_sm, next(targets).at[b, h, :, here])
+                scale_ref[b, h, block] = scale
+                plgpu.wait_smem_to_gmem(0)
+
+        def entry(*refs):
+            pl.run_scoped(
+                functools.partial(kernel, refs),
+                tile((self.block, dim), x.dtype),
+                tile((self.block, dim), int8) if self.plain else nothing,
+                tile((dim, self.block), int8) if self.transposed else nothing,
+                plgpu.SMEM((warpgroups, 4), jnp.float32),
+                plgpu.SMEM((warpgroups,), jnp.float32),
+                plgpu.Barrier(num_barriers=warpgroups),
+                plgpu.Barrier(num_arrivals=warpgroups),
+                collective_axes="wg",
+            )
+
+        int8, nothing = jnp.int8, plgpu.SMEM((8,), jnp.int8)
         shapes = [(batch, heads, padded, dim)] * self.plain
         shapes += [(batch, heads, dim, padded)] * self.transposed
-        nothing = plgpu.SMEM((8,), int8)
         *codes, scale = plgpu.kernel(
-            kernel,
+            entry,
             out_type=(
                 *(jax.ShapeDtypeStruct(shape, int8) for shape in shapes),
                 jax.ShapeDtypeStruct((batch, heads, tiles), jnp.float32),
             ),
-            scratch_types=(
-                tile((self.block, dim), x.dtype),
-                tile((self.block, dim), int8) if self.plain else nothing,
-                tile((dim, self.block), int8) if self.transposed else nothing,
-                plgpu.SMEM((4,), jnp.float32),
-                plgpu.Barrier(),
-            ),
             grid=(batch, heads, tiles),
             grid_names=("batch", "heads", "block"),
+            num_threads=warpgroups,
+            thread_name="wg",
             compiler_params=COMPILER_PARAMS,
         )(x, offsets, ends)
         codes = iter(codes)
