@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--tokens", default=16384, help="length of the sequence")
     add("--heads", default=16, help="number of heads")
     add("--head-dim", nargs="+", default=[64, 128], choices=(64, 128), help="sizes of a head")
-    add("--runs", default=5, help="calls in each of three groups; their median counts")
+    add("--runs", default=5, help="calls in a program")
     add("--stages", nargs="+", default=[2, 3, 4], help="tiles in flight to try")
     add("--stagger", nargs="+", default=[0, 1000, 2000, 3000], help="nanoseconds to try")
     parser.add_argument(

@@ -36,14 +36,8 @@ from kernels_pallas.mosaic.products import (
     rows,
     tile,
 )
-from kernels_pallas.sage_attention.pipeline import Kernel, launch
-from kernels_pallas.sage_attention.problem import (
-    COMPUTE_WARPGROUPS,
-    LARGEST_SCALE,
-    ROWS,
-    TILE,
-    Problem,
-)
+from kernels_pallas.sage_attention.pipeline import Kernel, launch, team_for
+from kernels_pallas.sage_attention.problem import LARGEST_SCALE, ROWS, TILE, Problem
 
 HALF_EXPONENT = 12
 """P goes through float16 multiplied by 2**12, so that rows as small as 2**-21 keep 7 bits."""
@@ -52,7 +46,6 @@ DP_EXPONENT = 3
 """dP - D goes through float16 as a part of its bound, multiplied by 2**3; dS then stays finite."""
 
 _LOG2_E = math.log2(math.e)
-_SQUARE = (ROWS, ROWS)
 
 
 class Operands(NamedTuple):
@@ -105,15 +98,20 @@ def query_gradient(problem: Problem, operands: Operands, *, stages: int) -> jax.
         stages: tiles of keys in flight.
     """
     head_dim, interpret = problem.head_dim, problem.interpret
-    last_tile = operands.key_scale.shape[2] - 1
+    team = team_for(head_dim)
+    last_tile, last_block = operands.key_scale.shape[2] - 1, operands.query_scale.shape[2] - 1
     score_scale = problem.scale * _LOG2_E
+    # Registers are short where three warpgroups compute: half of a tile at a time.
+    shape = (ROWS, TILE if team.size == 2 else TILE // 2)
+    parts = [pl.ds(i, shape[1]) for i in range(0, TILE, shape[1])]
 
     def compute(refs, fixed_sm, moving_sm, barriers, position):
         x, (dq,) = refs
         (q_sm, do_sm, out_sm), ((k_sm, v_sm, kt_sm),) = fixed_sm, moving_sm
         b, h, kv_head, row, used, span = position
         wg = lax.axis_index("wg")
-        here, block = pl.ds(row, ROWS), lax.div(row, jnp.int32(TILE))
+        # The last warpgroups may own rows beyond the padding, of which nothing is written.
+        here, block = pl.ds(row, ROWS), jnp.minimum(lax.div(row, jnp.int32(TILE)), last_block)
         inside = pl.ds(lax.rem(row, jnp.int32(TILE)), ROWS)
         plgpu.copy_gmem_to_smem(x.query.at[b, h, here], q_sm.at[wg], barriers.fixed.at[wg])
         plgpu.copy_gmem_to_smem(x.d_out.at[b, here, h], do_sm.at[wg], barriers.fixed.at[wg])
@@ -133,33 +131,36 @@ def query_gradient(problem: Problem, operands: Operands, *, stages: int) -> jax.
             slot, sign = barriers.slot(step - span.first), _alternating(step)
             next_sk = scale_of(step + 1)
             barriers.wait(0, slot)
+            c = jnp.minimum(sq * sk, LARGEST_SCALE)
 
-            def scores(s_sum, dp_sum):
-                s_sum.add(q_sm.at[wg], k_sm.at[slot])
-                dp_sum.add(do_sm.at[wg], v_sm.at[slot])
-                c = jnp.minimum(sq * sk, LARGEST_SCALE)
+            def scores(part, s_sum, dp_sum):
+                s_sum.add(q_sm.at[wg], k_sm.at[slot, part])
+                dp_sum.add(do_sm.at[wg], v_sm.at[slot, part])
                 p = jnp.exp2(s_sum.read(1) * c - rows(lse + MAGIC * c, shape))
                 if masked:
-                    p = jnp.where(problem.visible(shape, row, step * TILE, used[1]), p, 0.0)
+                    first = step * TILE + part.start
+                    p = jnp.where(problem.visible(shape, row, first, used[1]), p, 0.0)
                 p = to_half(p, interpret=interpret)
                 dp = dp_sum.read() * inverse_bound - rows(delta, shape)
                 return (p * to_half(dp, interpret=interpret),)
 
-            shape = (ROWS, TILE)
-            (ds,) = accumulate(
-                scores,
-                [Sum(shape, True), Sum(shape, False)],
-                [full(shape, 0.0, jnp.float16)],
-                interpret=interpret,
-            )
-            ds8, ds_scale = quantize_half([ds], sign, interpret=interpret)
+            ds = []
+            for part in parts:
+                ds += accumulate(
+                    functools.partial(scores, part),
+                    [Sum(shape, True), Sum(shape, False)],
+                    [full(shape, 0.0, jnp.float16)],
+                    interpret=interpret,
+                )
+            ds8, ds_scale = quantize_half(ds, sign, interpret=interpret)
             gain = ds_scale * (sk * bound * 2.0**-HALF_EXPONENT)
             (dq,) = _add_products((dq,), ds8, kt_sm.at[slot], gain, sign, interpret)
             barriers.done(0, slot)
             return dq, excess + gain * (jnp.float32(sign) * MAGIC), next_sk
 
         start = full((ROWS, head_dim), 0.0), full((ROWS,), 0.0, layout=ROW), scale_of(span.first)
-        pl.when(wg == 1)(problem.fall_back)
+        if not interpret:
+            team.fan_out(wg, problem.stagger)
         total, excess, _ = span.fold(visit, start)
         total = (total - rows(excess, total.shape)) * problem.scale
         out_sm.at[wg][...] = total.astype(problem.dtype)
@@ -169,9 +170,9 @@ def query_gradient(problem: Problem, operands: Operands, *, stages: int) -> jax.
 
     def position(x, index):
         b, h = lax.axis_index("batch"), lax.axis_index("heads")
-        first = problem.longest_first(index, problem.query_blocks) * (COMPUTE_WARPGROUPS * ROWS)
+        first = problem.longest_first(index, team.blocks(problem.queries)) * team.rows
         used = x.query_length[b], x.key_length[b]
-        span = problem.keys_seen(first, COMPUTE_WARPGROUPS * ROWS, *used, TILE)
+        span = problem.keys_seen(first, team.rows, *used, TILE)
         row = first + lax.axis_index("wg") * ROWS
         return b, h, lax.div(h, jnp.int32(problem.group)), row, used, span
 
@@ -186,7 +187,7 @@ def query_gradient(problem: Problem, operands: Operands, *, stages: int) -> jax.
             ),
         )
 
-    here, moving = (COMPUTE_WARPGROUPS, ROWS, head_dim), (stages, TILE, head_dim)
+    here, moving = (team.size, ROWS, head_dim), (stages, TILE, head_dim)
     (result,) = launch(
         problem,
         operands,
@@ -206,7 +207,7 @@ def query_gradient(problem: Problem, operands: Operands, *, stages: int) -> jax.
         stages=stages,
         out_type=[jax.ShapeDtypeStruct(problem.query_shape, problem.dtype)],
         heads=problem.heads,
-        blocks=problem.query_blocks,
+        blocks=team.blocks(problem.queries),
     )
     return result
 
@@ -222,8 +223,12 @@ def key_value_gradients(
         stages: tiles of queries in flight.
     """
     head_dim, interpret = problem.head_dim, problem.interpret
-    last_tile = operands.query_scale.shape[2] - 1
+    team = team_for(head_dim)
+    last_tile, last_block = operands.query_scale.shape[2] - 1, operands.key_scale.shape[2] - 1
     score_scale = problem.scale * _LOG2_E
+    # Registers are short: half of a tile at a time, S before dP, and few columns of dK and dV.
+    shape, width = (ROWS, TILE // 2), ROWS if team.size == 2 else ROWS // 2
+    parts = [pl.ds(i, shape[1]) for i in range(0, TILE, shape[1])]
 
     def compute(refs, fixed_sm, moving_sm, barriers, position):
         x, (dk, dv) = refs
@@ -233,16 +238,13 @@ def key_value_gradients(
         )
         b, kv_head, row, used, span = position
         wg = lax.axis_index("wg")
-        here, block = pl.ds(row, ROWS), lax.div(row, jnp.int32(TILE))
+        # The last warpgroups may own rows beyond the padding, of which nothing is written.
+        here, block = pl.ds(row, ROWS), jnp.minimum(lax.div(row, jnp.int32(TILE)), last_block)
         plgpu.copy_gmem_to_smem(x.key.at[b, kv_head, here], k_sm.at[wg], barriers.fixed.at[wg])
         plgpu.copy_gmem_to_smem(x.value.at[b, here, kv_head], v_sm.at[wg], barriers.fixed.at[wg])
         sk = x.key_scale[b, kv_head, block] * score_scale
         plgpu.barrier_wait(barriers.fixed.at[wg])
         tiles = span.last - span.first
-        # Registers are short at head_dim 128: half of a tile at a time, and S before dP.
-        together = head_dim == ROWS
-        shape = (ROWS, TILE if together else TILE // 2)
-        parts = [pl.ds(i, shape[1]) for i in range(0, TILE, shape[1])]
 
         def head(g, carry):
             h = kv_head * problem.group + g
@@ -258,63 +260,39 @@ def key_value_gradients(
                 barriers.wait(0, slot)
                 c = jnp.minimum(sk * sq, LARGEST_SCALE)
 
-                def start_s(part, s_sum):
+                def probabilities(part, s_sum):
                     s_sum.add(k_sm.at[wg], q_sm.at[slot, part])
-
-                def start_dp(part, dp_sum):
-                    dp_sum.add(v_sm.at[wg], do_sm.at[slot, part])
-
-                def finish_p(part, s_sum, in_flight=0):
                     lse = plgpu.load(lse_sm.at[slot, part], layout=COLUMN)
-                    p = jnp.exp2(s_sum.read(in_flight) * c - columns(lse + MAGIC * c, shape))
+                    p = jnp.exp2(s_sum.read() * c - columns(lse + MAGIC * c, shape))
                     if masked:
                         seen = problem.visible_transposed(shape, row, step * TILE + part.start)
                         p = jnp.where(seen, p, 0.0)
-                    return to_half(p, interpret=interpret)
+                    return (to_half(p, interpret=interpret),)
 
-                def finish_ds(part, p, dp_sum):
+                def score_gradients(part, p, dp_sum):
+                    dp_sum.add(v_sm.at[wg], do_sm.at[slot, part])
                     delta = plgpu.load(delta_sm.at[slot, part], layout=COLUMN)
                     dp = dp_sum.read() * inverse_bound - columns(delta, shape)
-                    return p * to_half(dp, interpret=interpret)
-
-                def p_alone(part, s_sum):
-                    start_s(part, s_sum)
-                    return (finish_p(part, s_sum),)
-
-                def ds_alone(part, p, dp_sum):
-                    start_dp(part, dp_sum)
-                    return (finish_ds(part, p, dp_sum),)
-
-                def p_and_ds(part, s_sum, dp_sum):
-                    start_s(part, s_sum)
-                    start_dp(part, dp_sum)
-                    p = finish_p(part, s_sum, in_flight=1)
-                    return p, finish_ds(part, p, dp_sum)
+                    return (p * to_half(dp, interpret=interpret),)
 
                 def multiply(body, *arguments, integer):
                     return accumulate(
                         functools.partial(body, *arguments),
-                        [Sum(shape, i) for i in integer],
-                        [full(shape, 0.0, jnp.float16)] * len(integer),
+                        [Sum(shape, integer)],
+                        [full(shape, 0.0, jnp.float16)],
                         interpret=interpret,
                     )
 
                 ps, ds = [], []
-                if together:
-                    barriers.wait(1, slot)
-                    p, d = multiply(p_and_ds, parts[0], integer=(True, False))
-                    ps, ds = [p], [d]
-                else:
-                    for part in parts:
-                        ps += multiply(p_alone, part, integer=(True,))
+                for part in parts:
+                    ps += multiply(probabilities, part, integer=True)
                 p8, p_scale = quantize_half(ps, sign, interpret=interpret)
                 p_gain = p_scale * (sdo * 2.0**-HALF_EXPONENT)
                 dv = _add_products(dv, p8, dot_sm.at[slot], p_gain, sign, interpret)
                 barriers.done(0, slot)
-                if not together:
-                    barriers.wait(1, slot)
-                    for part, p in zip(parts, ps, strict=True):
-                        ds += multiply(ds_alone, part, p, integer=(False,))
+                barriers.wait(1, slot)
+                for part, p in zip(parts, ps, strict=True):
+                    ds += multiply(score_gradients, part, p, integer=False)
                 ds8, ds_scale = quantize_half(ds, sign, interpret=interpret)
                 ds_gain = ds_scale * (sq * bound * 2.0**-HALF_EXPONENT)
                 dk = _add_products(dk, ds8, qt_sm.at[slot], ds_gain, sign, interpret)
@@ -327,9 +305,10 @@ def key_value_gradients(
 
             return span.fold(visit, (*carry, scale_of(span.first)))[:3]
 
-        zeros = tuple(full(_SQUARE, 0.0) for _ in range(head_dim // ROWS))
+        zeros = tuple(full((ROWS, width), 0.0) for _ in range(head_dim // width))
         none = [full((ROWS,), 0.0, layout=ROW) for _ in "kv"]
-        pl.when(wg == 1)(problem.fall_back)
+        if not interpret:
+            team.fan_out(wg, problem.stagger)
         *totals, excess = lax.fori_loop(0, problem.group, head, (zeros, zeros, none))
         (out_sm,) = out_sm or [v_sm]
         for total, more, scale, out in zip(
@@ -346,9 +325,9 @@ def key_value_gradients(
 
     def position(x, index):
         b, kv_head = lax.axis_index("batch"), lax.axis_index("heads")
-        first = index * (COMPUTE_WARPGROUPS * ROWS)  # with a causal mask the first see the most
+        first = index * team.rows  # with a causal mask the first see the most
         used = x.query_length[b], x.key_length[b]
-        span = problem.queries_seeing(first, COMPUTE_WARPGROUPS * ROWS, *used, TILE)
+        span = problem.queries_seeing(first, team.rows, *used, TILE)
         return b, kv_head, first + lax.axis_index("wg") * ROWS, used, span
 
     def fetch(x, position, step):
@@ -370,7 +349,7 @@ def key_value_gradients(
             ),
         )
 
-    here, moving = (COMPUTE_WARPGROUPS, ROWS, head_dim), (stages, TILE, head_dim)
+    here, moving = (team.size, ROWS, head_dim), (stages, TILE, head_dim)
     transposed = tile((stages, head_dim, TILE), jnp.int8)
     row = plgpu.SMEM((stages, TILE), jnp.float32)
     # Results in 16 bits leave through the memory of V.
@@ -388,7 +367,7 @@ def key_value_gradients(
         stages=stages,
         out_type=[jax.ShapeDtypeStruct(problem.key_shape, problem.dtype)] * 2,
         heads=problem.kv_heads,
-        blocks=problem.key_blocks,
+        blocks=team.blocks(problem.keys),
     )
     return dk, dv
 

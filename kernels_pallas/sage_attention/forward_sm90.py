@@ -29,9 +29,9 @@ from kernels_pallas.mosaic.products import (
     rows,
     tile,
 )
+from kernels_pallas.sage_attention.pipeline import Team
 from kernels_pallas.sage_attention.problem import (
     COMPILER_PARAMS,
-    COMPUTE_WARPGROUPS,
     LARGEST_SCALE,
     ROWS,
     TILE,
@@ -44,6 +44,7 @@ _LOG2_127 = math.log2(127.0)
 _LOWEST = MAGIC - 2.0**22
 # The logarithm of the weight of a row that has seen no key.
 EMPTY_MAXIMUM = -1e30
+TEAM = Team(2, 232)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,19 +95,19 @@ def forward(
         q_sm, k_sm, v_sm, o_sm, m_sm, total_sm = tiles_sm
         wg, b, h = (lax.axis_index(name) for name in ("wg", "batch", "heads"))
         kv_head = lax.div(h, jnp.int32(problem.group))
-        block = problem.longest_first(lax.axis_index("block"), problem.query_blocks)
-        first_row = block * (COMPUTE_WARPGROUPS * block_q)
+        block = problem.longest_first(lax.axis_index("block"), TEAM.blocks(problem.queries))
+        first_row = block * (TEAM.rows)
         row, used = first_row + wg * block_q, (q_length[b], kv_length[b])
-        span = problem.keys_seen(first_row, COMPUTE_WARPGROUPS * block_q, *used, block_kv)
+        span = problem.keys_seen(first_row, TEAM.rows, *used, block_kv)
         slot_of = lambda step: lax.rem(step - span.first, jnp.int32(stages))
 
         def take_turns():
             plgpu.barrier_arrive(turn)
             plgpu.barrier_wait(turn)
 
-        @pl.when(wg < COMPUTE_WARPGROUPS)
+        @pl.when(wg < TEAM.size)
         def compute():
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(TEAM.registers, action="increase")
             here = pl.ds(row, block_q)
             plgpu.copy_gmem_to_smem(q.at[b, h, here], q_sm.at[wg], q_full.at[wg])
             plgpu.barrier_wait(q_full.at[wg])
@@ -200,7 +201,7 @@ def forward(
             plgpu.copy_smem_to_gmem(total_sm.at[wg], total_out.at[b, h, here])
             plgpu.wait_smem_to_gmem(0)
 
-        @pl.when(wg == COMPUTE_WARPGROUPS)
+        @pl.when(wg == TEAM.size)
         def copy():
             plgpu.set_max_registers(40, action="decrease")
 
@@ -220,7 +221,7 @@ def forward(
                 fetch(step, slot)
 
     def entry(*refs):
-        two = COMPUTE_WARPGROUPS
+        two = TEAM.size
         pl.run_scoped(
             lambda *scratch: kernel(refs, scratch),
             (
@@ -249,9 +250,9 @@ def forward(
             statistics,
             statistics,
         ),
-        grid=(problem.batch, problem.heads, problem.query_blocks),
+        grid=(problem.batch, problem.heads, TEAM.blocks(problem.queries)),
         grid_names=("batch", "heads", "block"),
-        num_threads=COMPUTE_WARPGROUPS + 1,
+        num_threads=TEAM.size + 1,
         thread_name="wg",
         compiler_params=COMPILER_PARAMS,
     )(query, key, value, *scales, *lengths)

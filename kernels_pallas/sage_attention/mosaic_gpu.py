@@ -7,17 +7,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from kernels_pallas.sage_attention import backward_sm90, forward_sm90
 from kernels_pallas.sage_attention.masking import Masking, Structure
+from kernels_pallas.sage_attention.pipeline import team_for
 from kernels_pallas.sage_attention.problem import (
-    COMPUTE_WARPGROUPS,
-    ROWS,
     TILE,
     Problem,
     round_up,
 )
-from kernels_pallas.sage_attention.quantize import subtract_mean
 from kernels_pallas.sage_attention.quantize_sm90 import Codes, Quantizer
 from kernels_pallas.sage_attention.reference import EMPTY_LOGSUMEXP
 from kernels_pallas.sage_attention.tiling import Tiling
@@ -133,14 +132,14 @@ def _forward(options, differentiated, query, key, value, *lengths):
     query, key, value = (_pad(x, 3, padded) for x in (query, key, value))
     query_lengths = lengths[0] if problem.ragged_queries else None
     key_lengths = lengths[1] if problem.ragged_keys else None
-    attended = jnp.ones((1, keys, 1, 1), bool)
     if key_lengths is not None:
         value = _keep(value, key_lengths)
-        attended = _inside(keys, key_lengths)[..., None, None]
-    key_mean = subtract_mean(key, attended, token_axes=(1,))[1][:, 0]
-    value_mean = None
+    key_mean, value_mean = _mean(key, key_lengths), None
     if options.smooth_values:
-        value, value_mean = subtract_mean(value, attended, token_axes=(1,))
+        value_mean = _mean(value, key_lengths)
+        value = value - value_mean[:, None]
+        if key_lengths is not None:
+            value = _keep(value, key_lengths)
 
     block_kv, quantized = options.tiling.block_kv, functools.partial(_quantize, options)
     query8 = quantized(query, TILE, transposed=differentiated, lengths=query_lengths)
@@ -169,7 +168,7 @@ def _forward(options, differentiated, query, key, value, *lengths):
     result = out
     if value_mean is not None:
         seen = sees[:, :, : out.shape[1]].swapaxes(1, 2)[..., None]
-        value_mean = jnp.repeat(value_mean, problem.group, axis=2)
+        value_mean = jnp.repeat(value_mean, problem.group, axis=1)[:, None]
         result = jnp.where(seen, result + value_mean, result).astype(dtype)
     raw = None
     if options.return_logsumexp:
@@ -269,7 +268,7 @@ def _varying_like(operand: jax.Array, results: Any) -> Any:
 
     def cast(x):
         missing = tuple(axes - jax.typeof(x).manual_axis_type.varying)
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
+        return lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(cast, results)
 
@@ -339,6 +338,18 @@ def _product_dtype(dtype) -> jnp.dtype:
     return jnp.dtype(jnp.float16 if dtype == jnp.float16 else jnp.bfloat16)
 
 
+def _mean(x: jax.Array, lengths: jax.Array | None) -> jax.Array:
+    """Returns the mean of the tokens below the lengths, float32 (batch, heads, head_dim)."""
+    tokens, count = x.shape[1], x.shape[1]
+    if lengths is not None:
+        x = _keep(x, lengths)
+        count = jnp.maximum(lengths, 1).astype(jnp.float32)[:, None, None]
+    # In two steps: one alone would keep few of a GPU's processors busy.
+    parts = x.reshape(x.shape[0], -1, math.gcd(tokens, 64), *x.shape[2:])
+    sums = lax.optimization_barrier(jnp.sum(parts, axis=2, dtype=jnp.float32))
+    return jnp.sum(sums, axis=1) / count
+
+
 def _keep(x: jax.Array, lengths: jax.Array) -> jax.Array:
     """Zeroes the tokens of (batch, tokens, heads, head_dim) beyond the lengths."""
     return jnp.where(_inside(x.shape[1], lengths)[..., None, None], x, 0)
@@ -388,7 +399,7 @@ def _raw_logsumexp(options: Options, logsumexp, query, key_mean) -> jax.Array:
 
 def _forward_bytes(problem: Problem, options: Options) -> tuple[int, int]:
     """Returns the shared memory of the forward kernel, without stages and of a stage."""
-    rows = COMPUTE_WARPGROUPS * ROWS * problem.head_dim
+    rows = forward_sm90.TEAM.rows * problem.head_dim
     return rows * (1 + jnp.dtype(problem.dtype).itemsize) + 4096, (
         2 * options.tiling.block_kv * problem.head_dim
     )
@@ -396,7 +407,7 @@ def _forward_bytes(problem: Problem, options: Options) -> tuple[int, int]:
 
 def _backward_bytes(problem: Problem) -> tuple[tuple[int, int], tuple[int, int]]:
     """Returns the same for the two backward kernels."""
-    rows, tile = COMPUTE_WARPGROUPS * ROWS * problem.head_dim, TILE * problem.head_dim
+    rows, tile = team_for(problem.head_dim).rows * problem.head_dim, TILE * problem.head_dim
     size, other = jnp.dtype(problem.dtype).itemsize, 4096
     staging = 0 if size == 2 else size
     return (rows * (1 + 2 + size) + other, tile * (1 + 2 + 1)), (

@@ -1,4 +1,4 @@
-"""The frame of the backward kernels: two warpgroups compute, one keeps copies in flight."""
+"""The frame of the backward kernels: a team of warpgroups computes, one more keeps copies going."""
 
 # Pallas' decorators are typed more narrowly than they work.
 # pyright: reportCallIssue=false
@@ -12,7 +12,39 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.sage_attention.problem import COMPILER_PARAMS, COMPUTE_WARPGROUPS, Problem
+from kernels_pallas.mosaic.products import sleep
+from kernels_pallas.sage_attention.problem import COMPILER_PARAMS, ROWS, Problem
+
+
+class Team(NamedTuple):
+    """The warpgroups of a block that compute, 64 rows each.
+
+    Attributes:
+        size: how many.
+        registers: how many each thread of them has.
+    """
+
+    size: int
+    registers: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of a block."""
+        return self.size * ROWS
+
+    def blocks(self, tokens: int) -> int:
+        """Blocks for so many rows."""
+        return -(-tokens // self.rows)
+
+    def fan_out(self, warpgroup: jax.Array, nanoseconds: int) -> None:
+        """Lets warpgroups start one after the other, the last one so much after the first."""
+        for i in range(1, self.size):
+            pl.when(warpgroup == i)(lambda i=i: sleep(nanoseconds * i // (self.size - 1)))
+
+
+def team_for(head_dim: int) -> Team:
+    """Three warpgroups hide each other's waits better than two, where registers suffice."""
+    return Team(3, 160) if head_dim <= ROWS else Team(2, 240)
 
 
 class Barriers(NamedTuple):
@@ -71,7 +103,8 @@ def launch(
     heads: int,
     blocks: int,
 ) -> Sequence[jax.Array]:
-    """Runs a kernel of two computing warpgroups and one that keeps `stages` steps in flight."""
+    """Runs a kernel of a team and one warpgroup that keeps `stages` steps in flight."""
+    team = team_for(problem.head_dim)
 
     def body(*refs):
         x, outputs = type(operands)(*refs[: len(operands)]), refs[len(operands) :]
@@ -81,12 +114,12 @@ def launch(
             wg = lax.axis_index("wg")
             position = kernel.position(x, lax.axis_index("block"))
 
-            @pl.when(wg < COMPUTE_WARPGROUPS)
+            @pl.when(wg < team.size)
             def _():
-                plgpu.set_max_registers(240, action="increase")
+                plgpu.set_max_registers(team.registers, action="increase")
                 kernel.compute((x, outputs), fixed_sm, moving_sm, barriers, position)
 
-            @pl.when(wg == COMPUTE_WARPGROUPS)
+            @pl.when(wg == team.size)
             def _():
                 plgpu.set_max_registers(24, action="decrease")
                 steps = kernel.steps(position)
@@ -111,9 +144,9 @@ def launch(
             scoped,
             tuple(fixed),
             tuple(moving),
-            plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE_WARPGROUPS),
+            plgpu.Barrier(num_arrivals=2, num_barriers=team.size),
             tuple(plgpu.Barrier(num_arrivals=len(g), num_barriers=stages) for g in moving),
-            (plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),) * len(moving),
+            (plgpu.Barrier(num_arrivals=team.size, num_barriers=stages),) * len(moving),
             collective_axes="wg",
         )
 
@@ -122,7 +155,7 @@ def launch(
         out_type=tuple(out_type),
         grid=(problem.batch, heads, blocks),
         grid_names=("batch", "heads", "block"),
-        num_threads=COMPUTE_WARPGROUPS + 1,
+        num_threads=team.size + 1,
         thread_name="wg",
         compiler_params=COMPILER_PARAMS,
     )(*operands)

@@ -15,10 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.mosaic.products import WGMMA, sleep
-
-COMPUTE_WARPGROUPS = 2
-"""Warpgroups of a block that compute; one more issues the copies."""
+from kernels_pallas.mosaic.products import WGMMA
 
 ROWS = 64
 """Rows of a product that a warpgroup owns."""
@@ -119,21 +116,6 @@ class Problem:
     def key_shape(self) -> tuple[int, int, int, int]:
         """Shape of value, dK and dV."""
         return self.batch, round_up(self.keys, 8), self.kv_heads, self.head_dim
-
-    @property
-    def query_blocks(self) -> int:
-        """Thread blocks along the queries."""
-        return -(-self.queries // (COMPUTE_WARPGROUPS * ROWS))
-
-    @property
-    def key_blocks(self) -> int:
-        """Thread blocks along the keys."""
-        return -(-self.keys // (COMPUTE_WARPGROUPS * ROWS))
-
-    def fall_back(self) -> None:
-        """Lets the calling warpgroup start later, by `stagger`."""
-        if self.stagger and not self.interpret:
-            sleep(self.stagger)
 
     def longest_first(self, index: jax.Array, count: int) -> jax.Array:
         """Reverses the order of blocks of queries where later ones see more keys."""

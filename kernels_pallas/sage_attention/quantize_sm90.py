@@ -70,14 +70,16 @@ class Quantizer:
         batch, tokens, heads, dim = x.shape
         tiles = -(-tokens // self.block)
         padded = tiles * self.block
-        ends = jnp.full((batch,), tokens, jnp.int32) if lengths is None else lengths
         masked = lengths is not None or (mean is not None and padded != tokens)
-        offsets = jnp.zeros((batch, heads, dim), jnp.float32) if mean is None else mean
+        operands = [x] if mean is None else [x, mean]
+        if masked:
+            operands.append(jnp.full((batch,), tokens, jnp.int32) if lengths is None else lengths)
 
         warpgroups = self.block // ROWS
 
         def kernel(refs, x_sm, plain_sm, transposed_sm, scratch, largest_sm, arrived, met):
-            x_ref, offset_ref, end_ref, *outputs, scale_ref = refs
+            x_ref, *rest, scale_ref = refs
+            inputs, outputs = rest[: len(operands) - 1], iter(rest[len(operands) - 1 :])
             b, h, block = (lax.axis_index(name) for name in ("batch", "heads", "block"))
             wg = lax.axis_index("wg")
             here, rows = pl.ds(block * self.block, self.block), pl.ds(wg * ROWS, ROWS)
@@ -91,14 +93,14 @@ class Quantizer:
                 x_ref.at[b, pl.ds(start, ROWS), h], x_sm.at[rows], arrived.at[wg]
             )
             if mean is not None:
-                offset = plgpu.load(offset_ref.at[b, h], layout=COLUMN, optimized=False)
+                offset = plgpu.load(inputs[0].at[b, h], layout=COLUMN, optimized=False)
             plgpu.barrier_wait(arrived.at[wg])
             values = plgpu.load(x_sm.at[rows], layout=WGMMA).astype(jnp.float32)
             if mean is not None:
                 values -= columns(offset, values.shape)
             if masked:
                 row = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=WGMMA)
-                values = jnp.where(row < end_ref[b] - start, values, 0.0)
+                values = jnp.where(row < inputs[-1][b] - start, values, 0.0)
 
             largest_sm[wg] = largest_of_tile(values, scratch.at[wg], interpret=self.interpret)
             meet()
@@ -115,11 +117,10 @@ class Quantizer:
 
             @pl.when(wg == 0)
             def _():
-                targets = iter(outputs)
                 if self.plain:
-                    plgpu.copy_smem_to_gmem(plain_sm, next(targets).at[b, h, here])
+                    plgpu.copy_smem_to_gmem(plain_sm, next(outputs).at[b, h, here])
                 if self.transposed:
-                    plgpu.copy_smem_to_gmem(transposed_sm, next(targets).at[b, h, :, here])
+                    plgpu.copy_smem_to_gmem(transposed_sm, next(outputs).at[b, h, :, here])
                 scale_ref[b, h, block] = scale
                 plgpu.wait_smem_to_gmem(0)
 
@@ -150,7 +151,7 @@ class Quantizer:
             num_threads=warpgroups,
             thread_name="wg",
             compiler_params=COMPILER_PARAMS,
-        )(x, offsets, ends)
+        )(*operands)
         codes = iter(codes)
         plain = next(codes) if self.plain else None
         return Codes(plain, next(codes) if self.transposed else None, scale)
