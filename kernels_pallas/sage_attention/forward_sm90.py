@@ -1,9 +1,12 @@
 """The forward kernel for Hopper: softmax(Q·Kᵀ)·V with both products in INT8.
 
 A block of threads owns 128 queries of one head. Two warpgroups of 64 queries compute, a third one
-keeps copies of keys and values in flight. The two take turns on the tensor cores, so that one
-multiplies while the other exponentiates. Algorithm 1 of SageBwd (arXiv 2603.02170), with P scaled
-by the largest entry of its own row in the tile.
+keeps copies of keys and values in flight. The two take turns, so that one multiplies while the
+other exponentiates: at head_dim 128 with the tensor cores, at 64, where exponentials take longer
+than products, with the units that make those.
+
+Algorithm 1 of SageBwd (arXiv 2603.02170), with P scaled by the largest entry of its own row in the
+tile.
 """
 
 # Pallas' decorators are typed more narrowly than they work.
@@ -88,15 +91,16 @@ def forward(
     block_q, block_kv, stages = ROWS, tiles.block_kv, tiles.stages
     head_dim, interpret = problem.head_dim, problem.interpret
     log2_scale = problem.scale * _LOG2_E
+    turns_to_exponentiate = head_dim < 2 * ROWS
 
     def kernel(refs, scratch):
         q, k, v, q_scale, k_scale, v_scale, q_length, kv_length, out, m_out, total_out = refs
         tiles_sm, (k_full, v_full, q_full), (k_free, v_free), turn = scratch
-        q_sm, k_sm, v_sm, o_sm, m_sm, total_sm = tiles_sm
+        q_sm, k_sm, v_sm, o_sm, m_sm, total_sm, zero_sm = tiles_sm
         wg, b, h = (lax.axis_index(name) for name in ("wg", "batch", "heads"))
         kv_head = lax.div(h, jnp.int32(problem.group))
         block = problem.longest_first(lax.axis_index("block"), TEAM.blocks(problem.queries))
-        first_row = block * (TEAM.rows)
+        first_row = block * TEAM.rows
         row, used = first_row + wg * block_q, (q_length[b], kv_length[b])
         span = problem.keys_seen(first_row, TEAM.rows, *used, block_kv)
         slot_of = lambda step: lax.rem(step - span.first, jnp.int32(stages))
@@ -109,16 +113,20 @@ def forward(
         def compute():
             plgpu.set_max_registers(TEAM.registers, action="increase")
             here = pl.ds(row, block_q)
+            zero_sm.at[wg][...] = full((block_q,), 0.0, layout=ROW)
             plgpu.copy_gmem_to_smem(q.at[b, h, here], q_sm.at[wg], q_full.at[wg])
             plgpu.barrier_wait(q_full.at[wg])
             sq = q_scale[b, h, lax.div(row, jnp.int32(TILE))] * log2_scale
             pl.when(span.first < span.last)(lambda: plgpu.barrier_wait(k_full.at[0]))
             pl.when(wg == 1)(take_turns)
+            if turns_to_exponentiate:
+                plgpu.barrier_arrive(turn)
 
             def scores(slot):
                 def body(s):
                     s.add(q_sm.at[wg], k_sm.at[slot])
-                    take_turns()
+                    if not turns_to_exponentiate:
+                        take_turns()
                     return (s.read(),)
 
                 shape = (block_q, block_kv)
@@ -158,6 +166,11 @@ def forward(
                 m_new = jnp.maximum(m, m_tile)
                 alpha, beta = jnp.exp2(m - m_new), jnp.exp2(m_tile - m_new)
                 shift = m_tile + MAGIC * s_scale - _LOG2_127
+                if turns_to_exponentiate:
+                    plgpu.barrier_wait(turn)
+                    take_turns()
+                    # No instruction that needs what is read here can be moved to before the wait.
+                    shift += plgpu.load(zero_sm.at[wg], layout=ROW, optimized=False)
                 p = jnp.exp2(s * s_scale - rows(shift, s.shape))  # 127 P
                 # The shift is rounded: the row's largest P is off 1 by a factor that is known, all
                 # of the row is. Without the correction codes could pass 127 and wrap around.
@@ -166,17 +179,23 @@ def forward(
                 if masked:
                     p = jnp.where(s == _LOWEST, 0.0, p)
                 p = to_half(p, interpret=interpret)
+                p_sum = sum_half(p, interpret=interpret)
+                if turns_to_exponentiate:
+                    total_sm.at[wg][...] = p_sum  # needs every exponential, before the arrival
+                    plgpu.barrier_arrive(turn)
                 p8 = round_half([p], correction, interpret=interpret)
-                total = total * alpha + sum_half(p, interpret=interpret) * (beta * correction)
+                total = total * alpha + p_sum * (beta * correction)
                 gain = beta * v_s
                 # What the next product has in excess is taken away before, in the same operation.
                 acc = acc * rows(alpha, acc.shape) - rows(gain * MAGIC, acc.shape)
                 acc, total, m_new, p8, gain = lax.optimization_barrier(
                     (acc, total, m_new, p8, gain)
                 )
-                plgpu.barrier_arrive(turn)
+                if not turns_to_exponentiate:
+                    plgpu.barrier_arrive(turn)
                 plgpu.barrier_wait(v_full.at[slot])
-                plgpu.barrier_wait(turn)
+                if not turns_to_exponentiate:
+                    plgpu.barrier_wait(turn)
                 o = weighted_values(p8, slot, step)
                 plgpu.barrier_arrive(v_free.at[slot])
                 return acc + o * rows(gain, o.shape), m_new, total
@@ -187,6 +206,8 @@ def forward(
                 full((block_q,), 0.0, layout=ROW),
             )
             acc, m, total = span.fold(visit, carry)
+            if turns_to_exponentiate:
+                plgpu.barrier_wait(turn)
             pl.when(wg == 0)(take_turns)
             safe = jnp.where(total == 0.0, 1.0, total)
             result = acc / rows(safe, acc.shape)
@@ -229,6 +250,7 @@ def forward(
                 tile((stages, block_kv, head_dim), jnp.int8),
                 tile((stages, head_dim, block_kv), jnp.int8),
                 tile((two, block_q, head_dim), problem.dtype),
+                plgpu.SMEM((two, block_q), jnp.float32),
                 plgpu.SMEM((two, block_q), jnp.float32),
                 plgpu.SMEM((two, block_q), jnp.float32),
             ),

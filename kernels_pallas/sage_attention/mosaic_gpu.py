@@ -128,7 +128,7 @@ def forward(
 def _forward(options, differentiated, query, key, value, *lengths):
     problem = _problem(options, query, key)
     dtype, dim, padded = key.dtype, query.shape[-1], problem.head_dim
-    queries, keys = query.shape[1], key.shape[1]
+    queries = query.shape[1]
     query, key, value = (_pad(x, 3, padded) for x in (query, key, value))
     query_lengths = lengths[0] if problem.ragged_queries else None
     key_lengths = lengths[1] if problem.ragged_keys else None

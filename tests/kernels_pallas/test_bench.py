@@ -1,8 +1,11 @@
 """The benchmark: what it prints, writes and refuses; its speed is nobody's business here."""
 
+import functools
 import json
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -47,6 +50,17 @@ def test_shows_records_again(tmp_path, capsys):
     bench.main(["sage_attention", "--records", str(file), "--markdown"])
     line = "| 1, 8, 2, 64 | causal | 2.00 ms | 3.00 ms | 1.50 | 2.00 ms | 3.00 ms | 1.50 |"
     assert capsys.readouterr().out.splitlines()[-1] == line
+
+
+def test_calls_are_chained():
+    """Each of three calls sees a number of the one before."""
+    x, y = np.array([0.5, 1.0], np.float32), np.float32(2.0)
+    with jax.numpy_dtype_promotion("standard"):
+        result = jax.jit(functools.partial(bench.repeat, lambda x, y: (x * y, [x]), 3))(x, y)
+    expected = 0.5
+    for _ in range(3):
+        expected = np.tanh(2 * expected + expected)
+    np.testing.assert_allclose(result, expected, rtol=1e-6)
 
 
 def test_counts_operations():
