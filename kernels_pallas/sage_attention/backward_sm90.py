@@ -57,7 +57,7 @@ class Operands(NamedTuple):
         query_scale: float32 (batch, heads, queries / 128).
         key: int8 (batch, kv_heads, keys, head_dim), padded to a multiple of 128 keys.
         key_transposed: int8 (batch, kv_heads, head_dim, keys), permuted along the keys.
-        key_scale: float32 (batch, kv_heads, keys / 128).
+        key_scale: float32 (batch, kv_heads, keys / a multiple of 128).
         value: `problem.key_shape`, 16 bits.
         d_out: `problem.query_shape`, 16 bits.
         d_out_transposed: int8 like `query_transposed`.
@@ -100,6 +100,7 @@ def query_gradient(problem: Problem, operands: Operands, *, stages: int) -> jax.
     head_dim, interpret = problem.head_dim, problem.interpret
     team = team_for(head_dim)
     last_tile, last_block = operands.key_scale.shape[2] - 1, operands.query_scale.shape[2] - 1
+    steps_per_scale = operands.key.shape[2] // (TILE * operands.key_scale.shape[2])
     score_scale = problem.scale * _LOG2_E
     # Registers are short where three warpgroups compute: half of a tile at a time.
     shape = (ROWS, TILE if team.size == 2 else TILE // 2)
@@ -123,7 +124,8 @@ def query_gradient(problem: Problem, operands: Operands, *, stages: int) -> jax.
             for i in (0, 1)
         )
         delta *= x.bound[b, h] * inverse_bound
-        scale_of = lambda step: x.key_scale[b, kv_head, jnp.minimum(step, last_tile)]
+        tile_of = lambda step: jnp.minimum(lax.div(step, jnp.int32(steps_per_scale)), last_tile)
+        scale_of = lambda step: x.key_scale[b, kv_head, tile_of(step)]
         plgpu.barrier_wait(barriers.fixed.at[wg])
 
         def visit(step, carry, *, masked):
@@ -158,10 +160,17 @@ def query_gradient(problem: Problem, operands: Operands, *, stages: int) -> jax.
             barriers.done(0, slot)
             return dq, excess + gain * (jnp.float32(sign) * MAGIC), next_sk
 
-        start = full((ROWS, head_dim), 0.0), full((ROWS,), 0.0, layout=ROW), scale_of(span.first)
+        own = span
+        if problem.windowed:
+            own = problem.keys_seen(row, ROWS, *used, TILE).within(span)
+        start = full((ROWS, head_dim), 0.0), full((ROWS,), 0.0, layout=ROW), scale_of(own.first)
         if not interpret:
             team.fan_out(wg, problem.stagger)
-        total, excess, _ = span.fold(visit, start)
+        if problem.windowed:
+            barriers.skip(jnp.int32(0), own.first - span.first)
+        total, excess, _ = own.fold(visit, start)
+        if problem.windowed:
+            barriers.skip(own.last - span.first, span.last - span.first)
         total = (total - rows(excess, total.shape)) * problem.scale
         out_sm.at[wg][...] = total.astype(problem.dtype)
         plgpu.commit_smem()
@@ -225,6 +234,7 @@ def key_value_gradients(
     head_dim, interpret = problem.head_dim, problem.interpret
     team = team_for(head_dim)
     last_tile, last_block = operands.query_scale.shape[2] - 1, operands.key_scale.shape[2] - 1
+    key_block = operands.key.shape[2] // operands.key_scale.shape[2]
     score_scale = problem.scale * _LOG2_E
     # Registers are short: half of a tile at a time, S before dP, and few columns of dK and dV.
     shape, width = (ROWS, TILE // 2), ROWS if team.size == 2 else ROWS // 2
@@ -239,12 +249,15 @@ def key_value_gradients(
         b, kv_head, row, used, span = position
         wg = lax.axis_index("wg")
         # The last warpgroups may own rows beyond the padding, of which nothing is written.
-        here, block = pl.ds(row, ROWS), jnp.minimum(lax.div(row, jnp.int32(TILE)), last_block)
+        here, block = pl.ds(row, ROWS), jnp.minimum(lax.div(row, jnp.int32(key_block)), last_block)
         plgpu.copy_gmem_to_smem(x.key.at[b, kv_head, here], k_sm.at[wg], barriers.fixed.at[wg])
         plgpu.copy_gmem_to_smem(x.value.at[b, here, kv_head], v_sm.at[wg], barriers.fixed.at[wg])
         sk = x.key_scale[b, kv_head, block] * score_scale
         plgpu.barrier_wait(barriers.fixed.at[wg])
         tiles = span.last - span.first
+        own = span
+        if problem.windowed:
+            own = problem.queries_seeing(row, ROWS, *used, TILE).within(span)
 
         def head(g, carry):
             h = kv_head * problem.group + g
@@ -303,7 +316,12 @@ def key_value_gradients(
                 ]
                 return dk, dv, excess, next_sq
 
-            return span.fold(visit, (*carry, scale_of(span.first)))[:3]
+            if problem.windowed:
+                barriers.skip(g * tiles, g * tiles + own.first - span.first)
+            carry = own.fold(visit, (*carry, scale_of(own.first)))[:3]
+            if problem.windowed:
+                barriers.skip(g * tiles + own.last - span.first, (g + 1) * tiles)
+            return carry
 
         zeros = tuple(full((ROWS, width), 0.0) for _ in range(head_dim // width))
         none = [full((ROWS,), 0.0, layout=ROW) for _ in "kv"]

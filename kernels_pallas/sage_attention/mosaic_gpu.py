@@ -99,6 +99,7 @@ class Residuals(NamedTuple):
     key: Codes
     key_mean: jax.Array  # float32 (batch, kv_heads, head_dim)
     value: jax.Array  # 16 bits, smoothed if the options say so
+    value_scale: jax.Array  # of its codes, float32 (batch, kv_heads, tiles)
     out: jax.Array  # of the values above
     logsumexp: jax.Array  # (batch, heads, padded queries), in units of log 2; +1e30: sees nothing
     query_length: jax.Array
@@ -164,7 +165,7 @@ def _forward(options, differentiated, query, key, value, *lengths):
     # A row of NaN has seen something; the comparison above would hide it.
     logsumexp = jnp.where(inside & jnp.isnan(total), jnp.nan, logsumexp)
     value = _pad(value.astype(_product_dtype(dtype)), 1, problem.key_shape[1])
-    residuals = Residuals(query8, key8, key_mean, value, out, logsumexp, *lengths)
+    residuals = Residuals(query8, key8, key_mean, value, value8.scale, out, logsumexp, *lengths)
     result = out
     if value_mean is not None:
         seen = sees[:, :, : out.shape[1]].swapaxes(1, 2)[..., None]
@@ -196,17 +197,15 @@ def _backward(options, shapes, residuals, d_out, d_logsumexp):
     d_out = _pad(_pad(d_out, 3, problem.head_dim), 1, problem.query_shape[1])
     if problem.ragged_queries:
         d_out = _keep(d_out, x.query_length)
-    d_out8 = _quantize(options, d_out, TILE, plain=False)
-    delta = jnp.sum(d_out.astype(jnp.float32) * x.out.astype(jnp.float32), axis=-1)
+    d_out8 = _quantize(options, d_out, TILE, plain=False, other=x.out)
+    delta, square = d_out8.products
     if d_logsumexp is not None:
         sees = x.logsumexp[:, :, : query.shape[1]].swapaxes(1, 2) < 1e30
         d_logsumexp = jnp.where(sees, d_logsumexp, 0.0)
-        delta -= _pad(d_logsumexp, 1, delta.shape[1])
-    padded_queries = x.query.plain.shape[2]
-    delta = _pad(delta.swapaxes(1, 2), 2, padded_queries)
-    tile_bound = _score_gradient_bound(problem, d_out, x.value, delta)
+        delta -= _pad(d_logsumexp.swapaxes(1, 2), 2, delta.shape[2])
+    tile_bound = _score_gradient_bound(problem, square, x.value_scale, delta)
     bound = tile_bound.max(axis=-1)
-    tiles = (*delta.shape[:2], padded_queries // TILE, TILE)
+    tiles = (*delta.shape[:2], -1, TILE)
     statistics = [
         x.logsumexp - backward_sm90.HALF_EXPONENT,
         delta / bound[..., None],
@@ -217,7 +216,7 @@ def _backward(options, shapes, residuals, d_out, d_logsumexp):
         query_scale=x.query.scale,
         key=x.key.plain,
         key_transposed=x.key.transposed,
-        key_scale=jnp.repeat(x.key.scale, options.tiling.block_kv // TILE, axis=2),
+        key_scale=x.key.scale,
         value=x.value,
         d_out=d_out.astype(x.value.dtype),
         d_out_transposed=d_out8.transposed,
@@ -247,14 +246,22 @@ def _backward(options, shapes, residuals, d_out, d_logsumexp):
     return tuple(gradient[:, :count, :, :dim] for gradient, count in gradients)
 
 
-def _score_gradient_bound(problem: Problem, d_out, value, delta) -> jax.Array:
+def _score_gradient_bound(problem: Problem, square, value_scale, delta) -> jax.Array:
     """Returns `Operands.tile_bound`, (batch, heads, tiles of queries).
 
-    |dP| is at most |dO| |V|. The kernels divide dP - D by it, so that dS fits into float16.
+    |dP| is at most |dO| |V|, and |V| at most sqrt(head_dim) times its largest entry. The kernels
+    divide dP - D by this bound, so that dS fits into float16.
+
+    Args:
+        problem: what is computed.
+        square: |dO|², (batch, heads, queries).
+        value_scale: of the values' codes, (batch, kv_heads, tiles).
+        delta: D, like `square`.
     """
-    norm = lambda x: jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1)).swapaxes(1, 2)
-    largest_value = jnp.repeat(norm(value).max(axis=-1), problem.group, axis=1)
-    bound = _pad(norm(d_out), 2, delta.shape[2]) * largest_value[..., None] + jnp.abs(delta)
+    # The factor allows for V being rounded to 16 bits, which the scale was not taken from.
+    largest = value_scale.max(axis=-1) * (127.0 * 1.01 * problem.head_dim**0.5)
+    largest = jnp.repeat(largest, problem.group, axis=1)[..., None]
+    bound = jnp.sqrt(square) * largest + jnp.abs(delta)
     bound = bound.reshape(*delta.shape[:2], -1, TILE).max(axis=-1)
     # Where it is zero or not finite, any bound will do.
     exponent = jnp.frexp(jnp.where((bound > 0) & (bound < jnp.inf), bound, 1.0))[1]
@@ -343,11 +350,11 @@ def _mean(x: jax.Array, lengths: jax.Array | None) -> jax.Array:
     tokens, count = x.shape[1], x.shape[1]
     if lengths is not None:
         x = _keep(x, lengths)
-        count = jnp.maximum(lengths, 1).astype(jnp.float32)[:, None, None]
+        count = jnp.maximum(lengths, 1).astype(jnp.float32)[:, None, None, None]
     # In two steps: one alone would keep few of a GPU's processors busy.
     parts = x.reshape(x.shape[0], -1, math.gcd(tokens, 64), *x.shape[2:])
     sums = lax.optimization_barrier(jnp.sum(parts, axis=2, dtype=jnp.float32))
-    return jnp.sum(sums, axis=1) / count
+    return jnp.sum(sums / count, axis=1)
 
 
 def _keep(x: jax.Array, lengths: jax.Array) -> jax.Array:
@@ -378,6 +385,7 @@ def _quantize(
     transposed: bool = True,
     mean: jax.Array | None = None,
     lengths: jax.Array | None = None,
+    other: jax.Array | None = None,
 ) -> Codes:
     """Quantizes (batch, tokens, heads, head_dim), one scale for `block` tokens of a head."""
     batch, tokens = x.shape[:2]
@@ -385,7 +393,7 @@ def _quantize(
     if lengths is None and x.shape[1] != tokens:
         lengths = jnp.full((batch,), tokens, jnp.int32)  # the mean is not taken from the padding
     quantizer = Quantizer(block, plain, transposed, options.interpret)
-    return _varying_like(x, quantizer(x, mean=mean, lengths=lengths))
+    return _varying_like(x, quantizer(x, mean=mean, lengths=lengths, other=other))
 
 
 def _raw_logsumexp(options: Options, logsumexp, query, key_mean) -> jax.Array:

@@ -54,6 +54,11 @@ class Span(NamedTuple):
     masked_before: bool
     masked_after: bool
 
+    def within(self, outer: "Span") -> "Span":
+        """Cuts the range off where another one begins and ends."""
+        cut = lambda tile: jnp.clip(tile, outer.first, outer.last)
+        return Span(*map(cut, self[:4]), *self[4:])
+
     def fold(self, visit: Callable[..., Any], carry: Any) -> Any:
         """Folds `visit(tile, carry, masked=...)` over the tiles, in order."""
         masked = functools.partial(visit, masked=True)
@@ -116,6 +121,11 @@ class Problem:
     def key_shape(self) -> tuple[int, int, int, int]:
         """Shape of value, dK and dV."""
         return self.batch, round_up(self.keys, 8), self.kv_heads, self.head_dim
+
+    @property
+    def windowed(self) -> bool:
+        """Whether it depends on a query which keys it sees."""
+        return self.left is not None or self.right is not None
 
     def longest_first(self, index: jax.Array, count: int) -> jax.Array:
         """Reverses the order of blocks of queries where later ones see more keys."""

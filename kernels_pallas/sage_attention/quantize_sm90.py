@@ -33,11 +33,14 @@ class Codes(NamedTuple):
         transposed: int8 (batch, heads, head_dim, tokens), tokens permuted by
             `mosaic.products.permute`, or None.
         scale: float32 (batch, heads, tiles).
+        products: float32 (2, batch, heads, tokens), for each token the sum of the products of its
+            entries with those of another tensor, and with themselves; or None.
     """
 
     plain: Any
     transposed: Any
     scale: jax.Array
+    products: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +60,12 @@ class Quantizer:
     interpret: bool
 
     def __call__(
-        self, x: jax.Array, *, mean: jax.Array | None = None, lengths: jax.Array | None = None
+        self,
+        x: jax.Array,
+        *,
+        mean: jax.Array | None = None,
+        lengths: jax.Array | None = None,
+        other: jax.Array | None = None,
     ) -> Codes:
         """Quantizes a tensor; arithmetic as in `quantize.quantize`.
 
@@ -66,20 +74,31 @@ class Quantizer:
                 64 or 128.
             mean: float32 (batch, heads, head_dim), subtracted from tokens below the lengths.
             lengths: int32 (batch,), tokens at or beyond it become zero.
+            other: like `x`: what `products` are asked for with.
         """
         batch, tokens, heads, dim = x.shape
         tiles = -(-tokens // self.block)
         padded = tiles * self.block
         masked = lengths is not None or (mean is not None and padded != tokens)
-        operands = [x] if mean is None else [x, mean]
-        if masked:
-            operands.append(jnp.full((batch,), tokens, jnp.int32) if lengths is None else lengths)
+        ends = jnp.full((batch,), tokens, jnp.int32) if lengths is None else lengths
+        operands = {"x": x, "mean": mean, "end": ends if masked else None, "other": other}
+        operands = {name: array for name, array in operands.items() if array is not None}
 
         warpgroups = self.block // ROWS
 
-        def kernel(refs, x_sm, plain_sm, transposed_sm, scratch, largest_sm, arrived, met):
-            x_ref, *rest, scale_ref = refs
-            inputs, outputs = rest[: len(operands) - 1], iter(rest[len(operands) - 1 :])
+        float32, int8 = jnp.float32, jnp.int8
+        outputs = {"scale": jax.ShapeDtypeStruct((batch, heads, tiles), float32)}
+        if self.plain:
+            outputs["plain"] = jax.ShapeDtypeStruct((batch, heads, padded, dim), int8)
+        if self.transposed:
+            outputs["transposed"] = jax.ShapeDtypeStruct((batch, heads, dim, padded), int8)
+        if other is not None:
+            outputs["products"] = jax.ShapeDtypeStruct((2, batch, heads, padded), float32)
+
+        def kernel(refs, memory, barriers):
+            ref = dict(zip((*operands, *outputs), refs, strict=True))
+            x_sm, other_sm, plain_sm, transposed_sm, products_sm, scratch, largest_sm = memory
+            arrived, met = barriers
             b, h, block = (lax.axis_index(name) for name in ("batch", "heads", "block"))
             wg = lax.axis_index("wg")
             here, rows = pl.ds(block * self.block, self.block), pl.ds(wg * ROWS, ROWS)
@@ -89,27 +108,35 @@ class Quantizer:
                 plgpu.barrier_arrive(met)
                 plgpu.barrier_wait(met)
 
-            plgpu.copy_gmem_to_smem(
-                x_ref.at[b, pl.ds(start, ROWS), h], x_sm.at[rows], arrived.at[wg]
-            )
+            def fetch(name, target):
+                source = ref[name].at[b, pl.ds(start, ROWS), h]
+                plgpu.copy_gmem_to_smem(source, target.at[rows], arrived.at[wg])
+
+            fetch("x", x_sm)
+            if other is not None:
+                fetch("other", other_sm)
             if mean is not None:
-                offset = plgpu.load(inputs[0].at[b, h], layout=COLUMN, optimized=False)
+                offset = plgpu.load(ref["mean"].at[b, h], layout=COLUMN, optimized=False)
             plgpu.barrier_wait(arrived.at[wg])
-            values = plgpu.load(x_sm.at[rows], layout=WGMMA).astype(jnp.float32)
+            values = plgpu.load(x_sm.at[rows], layout=WGMMA).astype(float32)
             if mean is not None:
                 values -= columns(offset, values.shape)
             if masked:
                 row = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=WGMMA)
-                values = jnp.where(row < inputs[-1][b] - start, values, 0.0)
+                values = jnp.where(row < ref["end"][b] - start, values, 0.0)
 
             largest_sm[wg] = largest_of_tile(values, scratch.at[wg], interpret=self.interpret)
+            if other is not None:
+                others = plgpu.load(other_sm.at[rows], layout=WGMMA).astype(float32)
+                for i, factor in enumerate((others, values)):
+                    products_sm.at[i, rows][...] = jnp.sum(values * factor, axis=1)
             meet()
             found = [largest_sm[i] for i in range(warpgroups)]
             scale = functools.reduce(jnp.maximum, found) * (1.0 / 127.0)
             scale = jnp.where(scale < jnp.inf, jnp.maximum(scale, _TINY), jnp.nan)
             codes = round_to_codes(values * (1.0 / scale), interpret=self.interpret)
             if self.plain:
-                plain_sm[rows] = codes.astype(jnp.int8)
+                plain_sm[rows] = codes.astype(int8)
             if self.transposed:
                 store_transposed(codes, transposed_sm, wg, interpret=self.interpret)
             plgpu.commit_smem()
@@ -118,40 +145,44 @@ class Quantizer:
             @pl.when(wg == 0)
             def _():
                 if self.plain:
-                    plgpu.copy_smem_to_gmem(plain_sm, next(outputs).at[b, h, here])
+                    plgpu.copy_smem_to_gmem(plain_sm, ref["plain"].at[b, h, here])
                 if self.transposed:
-                    plgpu.copy_smem_to_gmem(transposed_sm, next(outputs).at[b, h, :, here])
-                scale_ref[b, h, block] = scale
+                    plgpu.copy_smem_to_gmem(transposed_sm, ref["transposed"].at[b, h, :, here])
+                if other is not None:
+                    for i in range(2):
+                        target = ref["products"].at[i, b, h, here]
+                        plgpu.copy_smem_to_gmem(products_sm.at[i], target)
+                ref["scale"][b, h, block] = scale
                 plgpu.wait_smem_to_gmem(0)
 
         def entry(*refs):
+            nothing = plgpu.SMEM((8,), int8)
             pl.run_scoped(
                 functools.partial(kernel, refs),
-                tile((self.block, dim), x.dtype),
-                tile((self.block, dim), int8) if self.plain else nothing,
-                tile((dim, self.block), int8) if self.transposed else nothing,
-                plgpu.SMEM((warpgroups, 4), jnp.float32),
-                plgpu.SMEM((warpgroups,), jnp.float32),
-                plgpu.Barrier(num_barriers=warpgroups),
-                plgpu.Barrier(num_arrivals=warpgroups),
+                (
+                    tile((self.block, dim), x.dtype),
+                    nothing if other is None else tile((self.block, dim), other.dtype),
+                    tile((self.block, dim), int8) if self.plain else nothing,
+                    tile((dim, self.block), int8) if self.transposed else nothing,
+                    nothing if other is None else plgpu.SMEM((2, self.block), float32),
+                    plgpu.SMEM((warpgroups, 4), float32),
+                    plgpu.SMEM((warpgroups,), float32),
+                ),
+                (
+                    plgpu.Barrier(num_arrivals=1 if other is None else 2, num_barriers=warpgroups),
+                    plgpu.Barrier(num_arrivals=warpgroups),
+                ),
                 collective_axes="wg",
             )
 
-        int8, nothing = jnp.int8, plgpu.SMEM((8,), jnp.int8)
-        shapes = [(batch, heads, padded, dim)] * self.plain
-        shapes += [(batch, heads, dim, padded)] * self.transposed
-        *codes, scale = plgpu.kernel(
+        results = plgpu.kernel(
             entry,
-            out_type=(
-                *(jax.ShapeDtypeStruct(shape, int8) for shape in shapes),
-                jax.ShapeDtypeStruct((batch, heads, tiles), jnp.float32),
-            ),
+            out_type=tuple(outputs.values()),
             grid=(batch, heads, tiles),
             grid_names=("batch", "heads", "block"),
             num_threads=warpgroups,
             thread_name="wg",
             compiler_params=COMPILER_PARAMS,
-        )(*operands)
-        codes = iter(codes)
-        plain = next(codes) if self.plain else None
-        return Codes(plain, next(codes) if self.transposed else None, scale)
+        )(*operands.values())
+        found = dict(zip(outputs, results, strict=True))
+        return Codes(*(found.get(name) for name in Codes._fields))
