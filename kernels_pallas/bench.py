@@ -183,13 +183,15 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
     figure = matplotlib.figure.Figure(figsize=(5 * len(names), 3.6), layout="constrained")
     panels = figure.subplots(1, len(names), squeeze=False)[0]
     for name, axes in zip(names, panels, strict=True):
-        lines: dict[tuple[int, bool], list[dict[str, Any]]] = {}
+        lines: dict[tuple[int, int, bool], list[dict[str, Any]]] = {}
         for record in records:
             if record["pass"] == name:
-                lines.setdefault((record["head_dim"], record["causal"]), []).append(record)
-        for (head_dim, causal), line in lines.items():
+                kind = record["batch"], record["head_dim"], record["causal"]
+                lines.setdefault(kind, []).append(record)
+        for (batch, head_dim, causal), line in lines.items():
             tokens = [record["tokens"] for record in line]
             label = f"head_dim {head_dim}, {'causal' if causal else 'full'}"
+            label += f", batch {batch}" if batch > 1 else ""
             (drawn,) = axes.plot(tokens, [r["tops"] for r in line], marker="o", label=label)
             exact = [r["tops"] / r["ratio"] for r in line]
             axes.plot(tokens, exact, marker="o", linestyle=":", color=drawn.get_color())

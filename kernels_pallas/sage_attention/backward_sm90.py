@@ -141,7 +141,8 @@ def query_gradient(problem: Problem, operands: Operands, *, stages: int) -> jax.
                 p = jnp.exp2(s_sum.read(1) * c - rows(lse + MAGIC * c, shape))
                 if masked:
                     first = step * TILE + part.start
-                    p = jnp.where(problem.visible(shape, row, first, used[1]), p, 0.0)
+                    seen = problem.visible(shape, row, first, used[1], TILE)
+                    p = jnp.where(seen, p, 0.0)
                 p = to_half(p, interpret=interpret)
                 dp = dp_sum.read() * inverse_bound - rows(delta, shape)
                 return (p * to_half(dp, interpret=interpret),)

@@ -157,7 +157,7 @@ def forward(
                 s = scores(slot)
                 plgpu.barrier_arrive(k_free.at[slot])
                 if masked:
-                    visible = problem.visible(s.shape, row, step * block_kv, used[1])
+                    visible = problem.visible(s.shape, row, step * block_kv, used[1], block_kv)
                     s = jnp.where(visible, s, _LOWEST)
                 largest = largest_of_rows(s, interpret=interpret)
                 m_tile = (largest - MAGIC) * s_scale

@@ -160,12 +160,25 @@ class Problem:
         return _span(column, end, self.right, self.left, queries, block_q, masks_limit=False)
 
     def visible(
-        self, shape: tuple[int, ...], row: jax.Array, column: jax.Array, keys: jax.Array
+        self,
+        shape: tuple[int, ...],
+        row: jax.Array,
+        column: jax.Array,
+        keys: jax.Array,
+        block_kv: int,
     ) -> jax.Array:
-        """Returns which queries of a tile (its rows) see which of its keys (columns)."""
+        """Returns which queries (rows) see which keys (columns), in a part of a masked tile.
+
+        Args:
+            shape: of the part.
+            row: its first query.
+            column: its first key.
+            keys: keys that are attended to.
+            block_kv: keys in the tile, as `keys_seen` was told.
+        """
         r, c = (plgpu.broadcasted_iota(jnp.int32, shape, i, layout=WGMMA) for i in (0, 1))
         conditions = []
-        if self._cuts_keys(shape[1]):
+        if self._cuts_keys(block_kv):
             conditions.append(c < keys - column)
         if self.right is not None:
             conditions.append(c <= r + (row + self.right - column))

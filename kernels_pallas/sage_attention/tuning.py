@@ -22,8 +22,8 @@ class Tuning:
 
     Attributes:
         stages: most tiles in flight; fewer where shared memory does not hold as many.
-        stagger: nanoseconds by which the second computing warpgroup of the backward kernels
-            starts later. In step, both would wait for the tensor cores together and then
+        stagger: nanoseconds by which the last computing warpgroup of the backward kernels starts
+            after the first. In step, all would wait for the tensor cores together and then
             exponentiate together; half a step is best.
 
     Raises:

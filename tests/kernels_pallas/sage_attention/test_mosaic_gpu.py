@@ -75,6 +75,7 @@ def compare(inputs, *, bound=None, **options):
 CASES = {
     "plain": ({"queries": 128}, {}),
     "odd lengths": ({"queries": 77, "keys": 201, "heads": 4, "kv_heads": 2, "dim": 40}, {}),
+    "keys end in the middle of a tile": ({"queries": 70, "keys": 192}, {}),
     "causal": ({"queries": 200, "dim": 128}, {"is_causal": True}),
     "biased keys, no multiple of 8": ({"queries": 64, "keys": 63, "key_bias": 8.0}, {}),
     "causal, more keys": ({"queries": 70, "keys": 300}, {"is_causal": True}),
