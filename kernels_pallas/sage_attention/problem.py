@@ -57,7 +57,12 @@ class Span(NamedTuple):
     def within(self, outer: "Span") -> "Span":
         """Cuts the range off where another one begins and ends."""
         cut = lambda tile: jnp.clip(tile, outer.first, outer.last)
-        return Span(*map(cut, self[:4]), *self[4:])
+        return self._replace(
+            first=cut(self.first),
+            inner_first=cut(self.inner_first),
+            inner_last=cut(self.inner_last),
+            last=cut(self.last),
+        )
 
     def fold(self, visit: Callable[..., Any], carry: Any) -> Any:
         """Folds `visit(tile, carry, masked=...)` over the tiles, in order."""

@@ -185,4 +185,6 @@ class Quantizer:
             compiler_params=COMPILER_PARAMS,
         )(*operands.values())
         found = dict(zip(outputs, results, strict=True))
-        return Codes(*(found.get(name) for name in Codes._fields))
+        return Codes(
+            found.get("plain"), found.get("transposed"), found["scale"], found.get("products")
+        )
