@@ -88,6 +88,11 @@ class Operands(NamedTuple):
     query_length: jax.Array
     key_length: jax.Array
 
+    @property
+    def keys_per_scale(self) -> int:
+        """Keys that share a scale."""
+        return self.key.shape[2] // self.key_scale.shape[2]
+
 
 def query_gradient(problem: Problem, operands: Operands, *, stages: int) -> jax.Array:
     """Returns dQ, `problem.query_shape`.
@@ -100,7 +105,7 @@ def query_gradient(problem: Problem, operands: Operands, *, stages: int) -> jax.
     head_dim, interpret = problem.head_dim, problem.interpret
     team = team_for(head_dim)
     last_tile, last_block = operands.key_scale.shape[2] - 1, operands.query_scale.shape[2] - 1
-    steps_per_scale = operands.key.shape[2] // (TILE * operands.key_scale.shape[2])
+    steps_per_scale = operands.keys_per_scale // TILE
     score_scale = problem.scale * _LOG2_E
     # Registers are short where three warpgroups compute: half of a tile at a time.
     shape = (ROWS, TILE if team.size == 2 else TILE // 2)
@@ -161,17 +166,11 @@ def query_gradient(problem: Problem, operands: Operands, *, stages: int) -> jax.
             barriers.done(0, slot)
             return dq, excess + gain * (jnp.float32(sign) * MAGIC), next_sk
 
-        own = span
-        if problem.windowed:
-            own = problem.keys_seen(row, ROWS, *used, TILE).within(span)
+        own = problem.keys_seen(row, ROWS, *used, TILE).within(span) if problem.windowed else span
         start = full((ROWS, head_dim), 0.0), full((ROWS,), 0.0, layout=ROW), scale_of(own.first)
         if not interpret:
             team.fan_out(wg, problem.stagger)
-        if problem.windowed:
-            barriers.skip(jnp.int32(0), own.first - span.first)
-        total, excess, _ = own.fold(visit, start)
-        if problem.windowed:
-            barriers.skip(own.last - span.first, span.last - span.first)
+        total, excess, _ = barriers.fold(span, own, visit, start)
         total = (total - rows(excess, total.shape)) * problem.scale
         out_sm.at[wg][...] = total.astype(problem.dtype)
         plgpu.commit_smem()
@@ -235,7 +234,6 @@ def key_value_gradients(
     head_dim, interpret = problem.head_dim, problem.interpret
     team = team_for(head_dim)
     last_tile, last_block = operands.query_scale.shape[2] - 1, operands.key_scale.shape[2] - 1
-    key_block = operands.key.shape[2] // operands.key_scale.shape[2]
     score_scale = problem.scale * _LOG2_E
     # Registers are short: half of a tile at a time, S before dP, and few columns of dK and dV.
     shape, width = (ROWS, TILE // 2), ROWS if team.size == 2 else ROWS // 2
@@ -250,7 +248,8 @@ def key_value_gradients(
         b, kv_head, row, used, span = position
         wg = lax.axis_index("wg")
         # The last warpgroups may own rows beyond the padding, of which nothing is written.
-        here, block = pl.ds(row, ROWS), jnp.minimum(lax.div(row, jnp.int32(key_block)), last_block)
+        here, block = pl.ds(row, ROWS), lax.div(row, jnp.int32(operands.keys_per_scale))
+        block = jnp.minimum(block, last_block)
         plgpu.copy_gmem_to_smem(x.key.at[b, kv_head, here], k_sm.at[wg], barriers.fixed.at[wg])
         plgpu.copy_gmem_to_smem(x.value.at[b, here, kv_head], v_sm.at[wg], barriers.fixed.at[wg])
         sk = x.key_scale[b, kv_head, block] * score_scale
@@ -262,7 +261,6 @@ def key_value_gradients(
 
         def head(g, carry):
             h = kv_head * problem.group + g
-
             scale_of = lambda step: x.query_scale[b, h, jnp.minimum(step, last_tile)]
             bound = x.bound[b, h]
             inverse_bound = 1.0 / bound
@@ -317,12 +315,8 @@ def key_value_gradients(
                 ]
                 return dk, dv, excess, next_sq
 
-            if problem.windowed:
-                barriers.skip(g * tiles, g * tiles + own.first - span.first)
-            carry = own.fold(visit, (*carry, scale_of(own.first)))[:3]
-            if problem.windowed:
-                barriers.skip(g * tiles + own.last - span.first, (g + 1) * tiles)
-            return carry
+            carry = *carry, scale_of(own.first)
+            return barriers.fold(span, own, visit, carry, step=g * tiles)[:3]
 
         zeros = tuple(full((ROWS, width), 0.0) for _ in range(head_dim // width))
         none = [full((ROWS,), 0.0, layout=ROW) for _ in "kv"]

@@ -32,13 +32,13 @@ from kernels_pallas.mosaic.products import (
     rows,
     tile,
 )
-from kernels_pallas.sage_attention.pipeline import Team
 from kernels_pallas.sage_attention.problem import (
     COMPILER_PARAMS,
     LARGEST_SCALE,
     ROWS,
     TILE,
     Problem,
+    Team,
 )
 
 _LOG2_E = math.log2(math.e)

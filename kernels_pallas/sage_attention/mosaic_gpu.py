@@ -146,9 +146,7 @@ def _forward(options, differentiated, query, key, value, *lengths):
     query8 = quantized(query, TILE, transposed=differentiated, lengths=query_lengths)
     key8 = quantized(key, block_kv, transposed=differentiated, mean=key_mean, lengths=key_lengths)
     value8 = quantized(value, block_kv, plain=False)
-    tiles = forward_sm90.ForwardTiles(
-        options.tiling.block_kv, _stages(options, _forward_bytes(problem, options))
-    )
+    tiles = forward_sm90.ForwardTiles(block_kv, _stages(options, _forward_bytes(problem, options)))
     results = forward_sm90.forward(
         problem,
         tiles,

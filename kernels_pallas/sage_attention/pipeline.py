@@ -12,34 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.mosaic.products import sleep
-from kernels_pallas.sage_attention.problem import COMPILER_PARAMS, ROWS, Problem
-
-
-class Team(NamedTuple):
-    """The warpgroups of a block that compute, 64 rows each.
-
-    Attributes:
-        size: how many.
-        registers: how many each thread of them has.
-    """
-
-    size: int
-    registers: int
-
-    @property
-    def rows(self) -> int:
-        """Rows of a block."""
-        return self.size * ROWS
-
-    def blocks(self, tokens: int) -> int:
-        """Blocks for so many rows."""
-        return -(-tokens // self.rows)
-
-    def fan_out(self, warpgroup: jax.Array, nanoseconds: int) -> None:
-        """Lets warpgroups start one after the other, the last one so much after the first."""
-        for i in range(1, self.size):
-            pl.when(warpgroup == i)(lambda i=i: sleep(nanoseconds * i // (self.size - 1)))
+from kernels_pallas.sage_attention.problem import COMPILER_PARAMS, ROWS, Problem, Span, Team
 
 
 def team_for(head_dim: int) -> Team:
@@ -70,9 +43,26 @@ class Barriers(NamedTuple):
         """Says that this warpgroup needs the operands of a group no more."""
         plgpu.barrier_arrive(self.free[group].at[slot])
 
-    def skip(self, first: jax.Array, last: jax.Array) -> None:
-        """Lets the operands of steps pass that this warpgroup needs nothing of."""
+    def fold(
+        self, span: Span, own: Span, visit: Callable[..., Any], carry: Any, step: Any = 0
+    ) -> Any:
+        """Folds over tiles of a block that concern this warpgroup; lets the others pass.
 
+        Args:
+            span: the tiles of the block.
+            own: those of the warpgroup, within `span`.
+            visit: see `Span.fold`.
+            carry: what to begin with.
+            step: that of the first tile of `span`.
+        """
+        if own is span:
+            return span.fold(visit, carry)
+        self._skip(step, step + own.first - span.first)
+        carry = own.fold(visit, carry)
+        self._skip(step + own.last - span.first, step + span.last - span.first)
+        return carry
+
+    def _skip(self, first: jax.Array, last: jax.Array) -> None:
         @pl.loop(first, last)
         def _(step):
             for group in range(len(self.arrived)):

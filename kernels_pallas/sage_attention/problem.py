@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.mosaic.products import WGMMA
+from kernels_pallas.mosaic.products import WGMMA, sleep
 
 ROWS = 64
 """Rows of a product that a warpgroup owns."""
@@ -39,6 +40,32 @@ The kernels subtract the largest score from MAGIC plus the score, so the roundin
 MAGIC times the scale, must stay small. Beyond the bound, scores are of the order of 1e5, and
 softmax picks one key anyway.
 """
+
+
+class Team(NamedTuple):
+    """The warpgroups of a block that compute, 64 rows each.
+
+    Attributes:
+        size: how many.
+        registers: how many each thread of them has.
+    """
+
+    size: int
+    registers: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of a block."""
+        return self.size * ROWS
+
+    def blocks(self, tokens: int) -> int:
+        """Blocks for so many rows."""
+        return -(-tokens // self.rows)
+
+    def fan_out(self, warpgroup: jax.Array, nanoseconds: int) -> None:
+        """Lets warpgroups start one after the other, the last one so much after the first."""
+        for i in range(1, self.size):
+            pl.when(warpgroup == i)(lambda i=i: sleep(nanoseconds * i // (self.size - 1)))
 
 
 class Span(NamedTuple):

@@ -80,13 +80,11 @@ class Quantizer:
         tiles = -(-tokens // self.block)
         padded = tiles * self.block
         masked = lengths is not None or (mean is not None and padded != tokens)
-        ends = jnp.full((batch,), tokens, jnp.int32) if lengths is None else lengths
-        operands = {"x": x, "mean": mean, "end": ends if masked else None, "other": other}
+        if masked and lengths is None:
+            lengths = jnp.full((batch,), tokens, jnp.int32)
+        operands = {"x": x, "mean": mean, "end": lengths, "other": other}
         operands = {name: array for name, array in operands.items() if array is not None}
-
-        warpgroups = self.block // ROWS
-
-        float32, int8 = jnp.float32, jnp.int8
+        warpgroups, float32, int8 = self.block // ROWS, jnp.float32, jnp.int8
         outputs = {"scale": jax.ShapeDtypeStruct((batch, heads, tiles), float32)}
         if self.plain:
             outputs["plain"] = jax.ShapeDtypeStruct((batch, heads, padded, dim), int8)

@@ -43,6 +43,8 @@ class AttentionConformance:
     """Accuracy, semantics and robustness of one implementation."""
 
     implementation: str
+    # With few and wide scores; larger where more tokens share a scale.
+    wide_scores_error = 0.026
 
     @functools.cached_property
     def attend(self):
@@ -150,7 +152,9 @@ class AttentionConformance:
 
     @pytest.mark.parametrize("scale", [0.02, 1.0])
     def test_scale(self, scale):
-        self.check(draw(31, dim=16), scale=scale, out_error=0.03, gradient_error=0.12)
+        self.check(
+            draw(31, dim=16), scale=scale, out_error=self.wide_scores_error, gradient_error=0.12
+        )
 
     @pytest.mark.parametrize(
         "shape", [(2, 4, 90, 130), (1, 4, 1, 130), (2, 1, 90, 1), (1, 1, 1, 1), (4, 90, 130)]

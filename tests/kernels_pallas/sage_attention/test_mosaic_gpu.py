@@ -363,6 +363,7 @@ class TestLowering:
 @pytest.mark.gpu
 class TestOnTheGpu(AttentionConformance):
     implementation = "mosaic_gpu"
+    wide_scores_error = 0.0265  # the reference with tiles of 128: 0.02625
     # These pass masks, biases or segments, which the kernels refuse.
     test_masks_of_every_shape = None
     test_segments = None
@@ -384,7 +385,7 @@ class TestOnTheGpu(AttentionConformance):
 
     @pytest.mark.parametrize("first", range(0, 200, 8))
     def test_agrees_with_the_reference_on_drawn_shapes(self, first):
-        """200 programs. Compiling takes the time: run tests side by side, `pytest -m gpu -n 12`."""
+        """200 programs. Compiling takes the time: run tests side by side, `pytest -m gpu -n 14`."""
         failures = []
         for seed in range(first, first + 8):
             lengths = [1, 2, 31, 64, 65, 127, 200, 257, 700, 1025]
