@@ -32,11 +32,12 @@ from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.mosaic.magic import MAGIC
+
 WGMMA = plgpu.Layout.WGMMA
 ROW, COLUMN = WGMMA.reduce(1), WGMMA.reduce(0)
 """Layouts of one number a row, and one a column, of an array in the layout WGMMA."""
 
-MAGIC = 12582912.0
 _MAGIC_BITS = 0x4B400000
 
 

@@ -19,7 +19,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from kernels_pallas.mosaic.products import MAGIC, WGMMA, permute
+from kernels_pallas.mosaic.magic import MAGIC
+from kernels_pallas.mosaic.products import WGMMA, permute
 from kernels_pallas.mosaic.registers import element, permute_bytes, ptx, tree
 
 

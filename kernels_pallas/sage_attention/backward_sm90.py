@@ -37,7 +37,8 @@ from kernels_pallas.mosaic.products import (
     tile,
 )
 from kernels_pallas.sage_attention.pipeline import Kernel, launch, team_for
-from kernels_pallas.sage_attention.problem import LARGEST_SCALE, ROWS, TILE, Problem
+from kernels_pallas.sage_attention.problem import ROWS, TILE, Problem
+from kernels_pallas.sage_attention.tiling import scale_of_scores
 
 HALF_EXPONENT = 12
 """P goes through float16 multiplied by 2**12, so that rows as small as 2**-21 keep 7 bits."""
@@ -138,7 +139,7 @@ def query_gradient(problem: Problem, operands: Operands, *, stages: int) -> jax.
             slot, sign = barriers.slot(step - span.first), _alternating(step)
             next_sk = scale_of(step + 1)
             barriers.wait(0, slot)
-            c = jnp.minimum(sq * sk, LARGEST_SCALE)
+            c = scale_of_scores(sq, sk)
 
             def scores(part, s_sum, dp_sum):
                 s_sum.add(q_sm.at[wg], k_sm.at[slot, part])
@@ -270,7 +271,7 @@ def key_value_gradients(
                 slot, sign = barriers.slot(g * tiles + step - span.first), _alternating(step)
                 next_sq, sdo = scale_of(step + 1), x.d_out_scale[b, h, step]
                 barriers.wait(0, slot)
-                c = jnp.minimum(sk * sq, LARGEST_SCALE)
+                c = scale_of_scores(sq, sk)
 
                 def probabilities(part, s_sum):
                     s_sum.add(k_sm.at[wg], q_sm.at[slot, part])

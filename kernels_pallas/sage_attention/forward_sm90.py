@@ -22,8 +22,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.mosaic.halves import largest_of_rows, round_half, sum_half, to_half
+from kernels_pallas.mosaic.magic import MAGIC
 from kernels_pallas.mosaic.products import (
-    MAGIC,
     ROW,
     WGMMA,
     Sum,
@@ -34,12 +34,12 @@ from kernels_pallas.mosaic.products import (
 )
 from kernels_pallas.sage_attention.problem import (
     COMPILER_PARAMS,
-    LARGEST_SCALE,
     ROWS,
     TILE,
     Problem,
     Team,
 )
+from kernels_pallas.sage_attention.tiling import scale_of_scores
 
 _LOG2_E = math.log2(math.e)
 _LOG2_127 = math.log2(127.0)
@@ -152,7 +152,7 @@ def forward(
             def visit(step, carry, *, masked):
                 acc, m, total = carry
                 slot = slot_of(step)
-                s_scale = jnp.minimum(sq * k_scale[b, kv_head, step], LARGEST_SCALE)
+                s_scale = scale_of_scores(sq, k_scale[b, kv_head, step])
                 v_s = v_scale[b, kv_head, step]
                 s = scores(slot)
                 plgpu.barrier_arrive(k_free.at[slot])
@@ -165,7 +165,7 @@ def forward(
                     m_tile = jnp.where(largest == _LOWEST, EMPTY_MAXIMUM, m_tile)
                 m_new = jnp.maximum(m, m_tile)
                 alpha, beta = jnp.exp2(m - m_new), jnp.exp2(m_tile - m_new)
-                shift = m_tile + MAGIC * s_scale - _LOG2_127
+                shift = (m_tile - _LOG2_127) + MAGIC * s_scale
                 if turns_to_exponentiate:
                     plgpu.barrier_wait(turn)
                     take_turns()

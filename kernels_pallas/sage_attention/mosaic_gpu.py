@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,17 +14,17 @@ from kernels_pallas.sage_attention import backward_sm90, forward_sm90
 from kernels_pallas.sage_attention.masking import Masking, Structure
 from kernels_pallas.sage_attention.pipeline import team_for
 from kernels_pallas.sage_attention.problem import (
+    SHARED_MEMORY,
     TILE,
     Problem,
     round_up,
 )
-from kernels_pallas.sage_attention.quantize_sm90 import Codes, Quantizer
+from kernels_pallas.sage_attention.quantize_sm90 import Codes, Task, quantize_tiles
 from kernels_pallas.sage_attention.reference import EMPTY_LOGSUMEXP
 from kernels_pallas.sage_attention.tiling import Tiling
 from kernels_pallas.sage_attention.tuning import Tuning
 
 _LARGEST_HEAD_DIM = 128
-_SHARED_MEMORY = 227 * 1024
 _LN2 = math.log(2.0)
 
 
@@ -142,10 +143,13 @@ def _forward(options, differentiated, query, key, value, *lengths):
         if key_lengths is not None:
             value = _keep(value, key_lengths)
 
-    block_kv, quantized = options.tiling.block_kv, functools.partial(_quantize, options)
-    query8 = quantized(query, TILE, transposed=differentiated, lengths=query_lengths)
-    key8 = quantized(key, block_kv, transposed=differentiated, mean=key_mean, lengths=key_lengths)
-    value8 = quantized(value, block_kv, plain=False)
+    block_kv = options.tiling.block_kv
+    query8, key8, value8 = _quantize(
+        options,
+        Task(query, TILE, transposed=differentiated, lengths=query_lengths),
+        Task(key, block_kv, transposed=differentiated, mean=key_mean, lengths=key_lengths),
+        Task(value, block_kv, plain=False),
+    )
     tiles = forward_sm90.ForwardTiles(block_kv, _stages(options, _forward_bytes(problem, options)))
     results = forward_sm90.forward(
         problem,
@@ -195,7 +199,7 @@ def _backward(options, shapes, residuals, d_out, d_logsumexp):
     d_out = _pad(_pad(d_out, 3, problem.head_dim), 1, problem.query_shape[1])
     if problem.ragged_queries:
         d_out = _keep(d_out, x.query_length)
-    d_out8 = _quantize(options, d_out, TILE, plain=False, other=x.out)
+    (d_out8,) = _quantize(options, Task(d_out, TILE, plain=False, other=x.out))
     delta, square = d_out8.products
     if d_logsumexp is not None:
         sees = x.logsumexp[:, :, : query.shape[1]].swapaxes(1, 2) < 1e30
@@ -374,24 +378,23 @@ def _pad(x: jax.Array, axis: int, size: int) -> jax.Array:
     return jnp.pad(x, widths)
 
 
-def _quantize(
-    options: Options,
-    x: jax.Array,
-    block: int,
-    *,
-    plain: bool = True,
-    transposed: bool = True,
-    mean: jax.Array | None = None,
-    lengths: jax.Array | None = None,
-    other: jax.Array | None = None,
-) -> Codes:
-    """Quantizes (batch, tokens, heads, head_dim), one scale for `block` tokens of a head."""
-    batch, tokens = x.shape[:2]
-    x = _pad(x, 1, round_up(tokens, 8))
-    if lengths is None and x.shape[1] != tokens:
-        lengths = jnp.full((batch,), tokens, jnp.int32)  # the mean is not taken from the padding
-    quantizer = Quantizer(block, plain, transposed, options.interpret)
-    return _varying_like(x, quantizer(x, mean=mean, lengths=lengths, other=other))
+def _quantize(options: Options, *tasks: Task) -> Sequence[Codes]:
+    """Quantizes tensors of any number of tokens, those of one dtype in one launch."""
+
+    def pad(task):
+        batch, tokens = task.x.shape[:2]
+        x, lengths = _pad(task.x, 1, round_up(tokens, 8)), task.lengths
+        if lengths is None and x.shape[1] != tokens:
+            lengths = jnp.full((batch,), tokens, jnp.int32)  # the mean is not taken from padding
+        return task._replace(x=x, lengths=lengths)
+
+    codes: list[Any] = [None] * len(tasks)
+    for dtype in {task.x.dtype: None for task in tasks}:
+        chosen = [i for i, task in enumerate(tasks) if task.x.dtype == dtype]
+        found = quantize_tiles([pad(tasks[i]) for i in chosen], interpret=options.interpret)
+        for i, result in zip(chosen, found, strict=True):
+            codes[i] = _varying_like(tasks[i].x, result)
+    return codes
 
 
 def _raw_logsumexp(options: Options, logsumexp, query, key_mean) -> jax.Array:
@@ -425,4 +428,4 @@ def _backward_bytes(problem: Problem) -> tuple[tuple[int, int], tuple[int, int]]
 def _stages(options: Options, sizes: tuple[int, int]) -> int:
     """Returns how many stages are wanted and fit."""
     fixed, stage = sizes
-    return min(options.tuning.stages, (_SHARED_MEMORY - fixed) // stage)
+    return min(options.tuning.stages, (SHARED_MEMORY - fixed) // stage)

@@ -25,21 +25,15 @@ TILE = 128
 """Queries that share a scale, and tokens that a step of the backward kernels sums over."""
 
 
+SHARED_MEMORY = 227 * 1024
+"""Bytes that a block of threads may have."""
+
 COMPILER_PARAMS = plgpu.CompilerParams(
     approx_math=True,
     unsafe_no_auto_barriers=True,  # the interpreter finds no races
     lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
 )
 """How the kernels are compiled."""
-
-
-LARGEST_SCALE = 2.0**-3
-"""Bound on what one step of an integer score is worth, in units of log 2.
-
-The kernels subtract the largest score from MAGIC plus the score, so the rounding of that, 2**-24 of
-MAGIC times the scale, must stay small. Beyond the bound, scores are of the order of 1e5, and
-softmax picks one key anyway.
-"""
 
 
 class Team(NamedTuple):

@@ -55,20 +55,11 @@ def quantize(
     finite = jnp.all(jnp.isfinite(x), axis=tile_axes, keepdims=True)
     scale = jnp.where(finite, scale, jnp.nan)
     if half_scales:
-        scale = 1.0 / to_half(1.0 / scale)
-    codes = jnp.clip(jnp.round(x / scale), -INT8_MAX, INT8_MAX).astype(jnp.int8)
-    return Quantized(codes, scale)
-
-
-def quantize_probabilities(
-    p: jax.Array, *, enabled: bool = True, half_precision: bool = False
-) -> Quantized:
-    """Quantize rows whose largest entry is one, `exp(S - rowmax S)`: the scale needs no maximum."""
-    if not enabled:
-        return Quantized(p, jnp.float32(1.0))
-    p *= INT8_MAX
-    codes = jnp.round(to_half(p) if half_precision else p).astype(jnp.int8)
-    return Quantized(codes, jnp.float32(1.0 / INT8_MAX))
+        inverse = to_half(1.0 / scale)
+        x, scale = x * inverse, 1.0 / inverse
+    else:
+        x = x / scale
+    return Quantized(jnp.clip(jnp.round(x), -INT8_MAX, INT8_MAX).astype(jnp.int8), scale)
 
 
 def integer_einsum(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:

@@ -16,12 +16,14 @@ q queries of a tile, J tiles of keys, s keys of a tile, D head_dim.
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels_pallas.mosaic.magic import beside
 from kernels_pallas.sage_attention.masking import (
     Masking,
     Structure,
@@ -30,18 +32,19 @@ from kernels_pallas.sage_attention.masking import (
     visible,
 )
 from kernels_pallas.sage_attention.quantize import (
+    INT8_MAX,
     Quantized,
     float_einsum,
     integer_einsum,
     quantize,
-    quantize_probabilities,
     subtract_mean,
     to_half,
 )
-from kernels_pallas.sage_attention.tiling import Tiling
+from kernels_pallas.sage_attention.tiling import Tiling, scale_of_scores
 
 # What a query that attends to nothing reports as its log-sum-exp: finite, as in jax.nn.
 EMPTY_LOGSUMEXP = -0.7 * float(jnp.finfo(jnp.float32).max)
+_LOG2_127 = math.log2(INT8_MAX)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +77,16 @@ class Options:
         """Keys in a tile of the forward pass."""
         return self.tiling.block_kv
 
+    @property
+    def half_precision(self) -> bool:
+        """Whether to round as the kernels do on the way to int8, see `Tiling`."""
+        return self.tiling.half_precision and self.quantize
+
+    @property
+    def base(self) -> float:
+        """Of exponentials; scores are in units of its logarithm. GPUs have instructions for 2."""
+        return 2.0 if self.half_precision else math.e
+
 
 class Residuals(NamedTuple):
     """What the backward pass needs: no 16-bit copy of Q or K, no INT8 copy of V."""
@@ -83,8 +96,8 @@ class Residuals(NamedTuple):
     key_mean: jax.Array  # BK1D, float32
     value: jax.Array  # JBKsD, in the dtype of V; smoothed if the options say so
     out: jax.Array  # BKGIqD, in the dtype of Q; of the values above
-    # The log-sum-exp in two parts, both BKGIq1 float32, of scores with smoothed keys. Added up, the
-    # second would be rounded away where a bias such as -1e9 shifts a whole row.
+    # The log-sum-exp to `Options.base`, in two parts, both BKGIq1 float32, of scores with smoothed
+    # keys. Added up, the second would be rounded away where a bias of -1e9 shifts a whole row.
     largest: jax.Array  # +inf where nothing is seen
     log_total: jax.Array
     bias: jax.Array | None
@@ -135,26 +148,31 @@ def forward(
     quantized_key = quantize(smooth_key, tile_axes=(3, 4), enabled=options.quantize)
     quantized_value = quantize(value, tile_axes=(3, 4), enabled=options.quantize)
 
+    log_base = math.log(options.base)
+    exp = jnp.exp2 if options.half_precision else jnp.exp
+
     def visit(carry, tile):
         largest, total, out = carry
         start, key_tile, value_tile = tile
-        s_BKGIqs = _scores(
+        s_BKGIqs, s_scale = _scores(
             options, layout, quantized_query, key_tile, bias, masking, start, options.block_kv
         )
         tile_largest = jnp.max(s_BKGIqs, axis=-1, keepdims=True)
         new_largest = jnp.maximum(largest, tile_largest)
         # Relative to the largest score of its own row in this tile, P needs no search for its
         # scale and never overflows; a row without a visible key has P = 0.
-        p_BKGIqs = jnp.exp(s_BKGIqs - _finite(tile_largest))
-        codes, p_scale = quantize_probabilities(
-            p_BKGIqs, enabled=options.quantize, half_precision=options.tiling.half_precision
-        )
+        if options.half_precision:
+            exact = _finite(tile_largest) - _LOG2_127
+            shift = beside(exact, s_scale)
+            p_BKGIqs = to_half(jnp.exp2(s_BKGIqs - shift)) * to_half(jnp.exp2(shift - exact))
+        else:
+            p_BKGIqs = INT8_MAX * exp(s_BKGIqs - _finite(tile_largest))
+        codes = jnp.round(p_BKGIqs).astype(jnp.int8) if options.quantize else p_BKGIqs
         pv = integer_einsum("bkgiqs,bksd->bkgiqd", codes, value_tile.codes)
-        tile_weight = jnp.exp(tile_largest - _finite(new_largest))
-        keep = jnp.exp(largest - _finite(new_largest))
+        tile_weight = exp(tile_largest - _finite(new_largest)) / INT8_MAX
+        keep = exp(largest - _finite(new_largest))
         total = keep * total + tile_weight * jnp.sum(p_BKGIqs, axis=-1, keepdims=True)
-        value_scale = value_tile.scale[:, :, None, None]
-        out = keep * out + (tile_weight * p_scale * value_scale) * pv
+        out = keep * out + (tile_weight * value_tile.scale[:, :, None, None]) * pv
         return (new_largest, total, out), None
 
     f32, rows = jnp.float32, (*query.shape[:-1], 1)
@@ -164,8 +182,8 @@ def forward(
 
     empty = total == 0
     out = out / jnp.where(empty, 1.0, total)
-    log_total = jnp.log(jnp.where(empty, 1.0, total))
-    raw_logsumexp = largest + log_total + options.scale * _dot_mean(query, key_mean)
+    log_total = jnp.log(jnp.where(empty, 1.0, total)) / log_base
+    raw_logsumexp = log_base * (largest + log_total) + options.scale * _dot_mean(query, key_mean)
     residuals = Residuals(
         query=quantized_query,
         key=quantized_key,
@@ -222,7 +240,7 @@ def backward(
     if not per_tile:
         over_queries, over_keys = (4,), (5,)
 
-    half = options.tiling.half_precision and options.quantize
+    half = options.half_precision
     narrow = to_half if half else lambda x: x
     quantized = functools.partial(quantize, enabled=options.quantize, half_scales=half)
 
@@ -233,10 +251,16 @@ def backward(
 
     def visit(d_query, tile):
         start, key_tile, value_tile = tile
-        s_BKGIqs = _scores(options, layout, residuals.query, key_tile, bias, masking, start, block)
-        # The bound holds mathematically; it also has to where the compiler rounds S differently.
-        s_BKGIqs = jnp.minimum(s_BKGIqs - residuals.largest, 0.0)
-        p_BKGIqs = narrow(jnp.exp(s_BKGIqs - residuals.log_total))
+        s_BKGIqs, s_scale = _scores(
+            options, layout, residuals.query, key_tile, bias, masking, start, block
+        )
+        if half:
+            logsumexp = beside(residuals.largest + residuals.log_total, s_scale)
+            p_BKGIqs = to_half(jnp.exp2(s_BKGIqs - logsumexp))
+        else:
+            # The bound holds mathematically; it also has to where S is rounded differently.
+            s_BKGIqs = jnp.minimum(s_BKGIqs - residuals.largest, 0.0)
+            p_BKGIqs = jnp.exp(s_BKGIqs - residuals.log_total)
         d_value = sum_over_queries(p_BKGIqs, quantized_d_out.codes, quantized_d_out.scale)
         dp_BKGIqs = float_einsum("bkgiqd,bksd->bkgiqs", d_out.astype(value_tile.dtype), value_tile)
         ds_BKGIqs = narrow(p_BKGIqs * narrow(dp_BKGIqs - delta))
@@ -278,14 +302,20 @@ def _split_tiles(x, parts):
 
 
 def _scores(options, layout, query, key_tile, bias, masking, start, block):
-    """Scaled and masked scores of all queries against one tile of smoothed keys, float32."""
+    """Masked scores of all queries against one tile of smoothed keys, and the integers' scale.
+
+    Both are float32, in units of the logarithm of `Options.base`.
+    """
     product = integer_einsum("bkgiqd,bksd->bkgiqs", query.codes, key_tile.codes)
-    scores = (options.scale * query.scale * key_tile.scale[:, :, None, None]) * product
+    combine = scale_of_scores if options.half_precision else jnp.multiply
+    query_scale = query.scale * (options.scale / math.log(options.base))
+    scale = combine(query_scale, key_tile.scale[:, :, None, None])
+    scores = scale * product
     if bias is not None:
         bias_tile = tile_of_keys(bias, start, block)
-        scores += layout.split_rows(bias_tile.astype(jnp.float32))
+        scores += layout.split_rows(bias_tile.astype(jnp.float32) / math.log(options.base))
     allowed = visible(masking, options.structure, start, layout.padded_queries, block)
-    return jnp.where(layout.split_rows(allowed), scores, -jnp.inf)
+    return jnp.where(layout.split_rows(allowed), scores, -jnp.inf), scale
 
 
 def _finite(largest):

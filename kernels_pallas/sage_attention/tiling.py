@@ -3,6 +3,13 @@
 import dataclasses
 from typing import Literal, Self
 
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.mosaic.magic import shorten
+
+_LARGEST_SCALE = 2.0**-3
+
 type GradientScales = Literal["tile", "vector"]
 
 
@@ -23,8 +30,9 @@ class Tiling:
             "vector": one for each query where keys are summed over (dQ) and one for each key where
             queries are (dK, dV), which halves the error of the gradients.
         half_precision: P, dP - D and dS are rounded to the 11 bits of float16 on their way to int8,
-            and so are the inverses of their scales. The kernels do it, because float16 is twice as
-            fast; a code differs by one now and then.
+            and so are the inverses of their scales, and what is taken away from the scores before
+            exp as `mosaic.magic.beside` does. The kernels do it, because float16 is twice as fast;
+            a code differs by one now and then.
 
     Raises:
         ValueError: `gradient_block_kv` does not divide `block_kv`.
@@ -48,3 +56,16 @@ class Tiling:
         """Returns the usual tiling, with smaller tiles for fewer tokens than one tile holds."""
         block_kv = min(64, keys)
         return cls(min(64, queries), block_kv, block_kv)
+
+
+def scale_of_scores(query_scale: jax.Array, key_scale: jax.Array) -> jax.Array:
+    """Returns what one step of an integer score is worth, in units of log 2.
+
+    It is shortened (`mosaic.magic`) and at most 1/8, so that what `mosaic.magic.beside` does stays
+    small. Beyond that bound scores are of the order of 1e5, and softmax picks one key anyway.
+
+    Args:
+        query_scale: scale of Q times the factor on the scores, in units of log 2.
+        key_scale: scale of K.
+    """
+    return shorten(jnp.minimum(query_scale * key_scale, _LARGEST_SCALE))

@@ -50,14 +50,11 @@ def like_the_kernels(*, smooth_values=False, keys, **options):
     return attend
 
 
-def compare(inputs, *, bound=None, **options):
+def compare(inputs, *, bound=3e-3, **options):
     """The kernels against the reference with the same tiles.
 
-    Where exponentials differ in the last bit, a code is sometimes rounded the other way. Among few
-    numbers a single one shows.
+    Where exponentials differ in the last bit, a code is sometimes rounded the other way.
     """
-    if bound is None:
-        bound = 3e-3 if min(x.shape[1] for x in inputs[:2]) >= 64 else 1e-2
     keys = inputs[1].shape[1]
     attend = functools.partial(sage_attention, implementation="mosaic_gpu", **options)
     actual = with_gradients(attend, inputs)
@@ -169,7 +166,7 @@ class TestInterpreted:
         query, key, value, d_out = draw(21, queries=200, heads=1, dim=128)
         inputs = [np.float32(sigma) * query, np.float32(sigma) * key, value, d_out]
         with interpreted(detect_races=False):
-            compare(inputs, bound={3.0: 3e-3, 10.0: 2e-2, 30.0: 0.1}[sigma])
+            compare(inputs)
 
     @pytest.mark.parametrize("magnitude", [0.0, 1e-30, 1e-9, 1e4])
     def test_extreme_magnitudes(self, magnitude):
@@ -321,8 +318,8 @@ class TestRefusals:
         assert reason == "it needs compute capability 9.0 (H100, H200), NVIDIA A100 has 8.0"
 
 
-# Forward and two backward kernels, and the quantization of Q, K, V and dO.
-KERNELS = 7
+# Forward and two backward kernels, quantization of Q, K and V together, and of dO.
+KERNELS = 5
 
 
 @pytest.mark.usefixtures("hopper")
