@@ -68,23 +68,21 @@ def round_to_codes(values: jax.Array, *, interpret: bool) -> jax.Array:
     return lax.bitcast_convert_type(values + MAGIC, jnp.int32)
 
 
-def store_transposed(
-    codes: jax.Array, target: Any, warpgroup: jax.Array, *, interpret: bool
-) -> None:
+def store_transposed(codes: jax.Array, target: Any, second: jax.Array, *, interpret: bool) -> None:
     """Writes int8 codes transposed, their rows permuted by `permute`.
 
     Two lanes with neighboring rows exchange halves, so each has four bytes of a column in a row.
 
     Args:
         codes: int32 (64, n) in the layout WGMMA, from `round_to_codes`.
-        target: shared memory (n, tokens), described by `tile`; tokens a multiple of 128.
-        warpgroup: index of the calling warpgroup, which owns that 64 of the tokens.
+        target: shared memory (n, 128), described by `tile`.
+        second: 0 or 1, which 64 of the columns to write: 1 for warpgroups of odd index.
         interpret: whether the kernel runs in the interpreter.
     """
     if interpret:
-        target[:, pl.ds(warpgroup * 64, 64)] = permute(codes.astype(jnp.int8).T)
+        target[:, pl.ds(second * 64, 64)] = permute(codes.astype(jnp.int8).T)
         return
-    n, tokens = target.shape
+    n = target.shape[0]
     transforms = plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128)
 
     @plgpu.inline_mgpu(arg_types=(WGMMA, plgpu.RefType(transforms)))
@@ -94,18 +92,16 @@ def store_transposed(
         constant = lambda x: arith.constant(i32, x)
         split = lambda x, size: (arith.divui(x, constant(size)), arith.remui(x, constant(size)))
         join = lambda x, size, y: arith.addi(arith.muli(x, constant(size)), y)
-        warp, lane = split(mgpu_utils.thread_idx(), 32)
+        warp, lane = split(arith.remui(mgpu_utils.thread_idx(), constant(256)), 32)
         g, t = split(lane, 4)
         pair, odd = split(g, 2)
         is_odd = arith.cmpi(arith.CmpIPredicate.ne, odd, constant(0))
         selector = arith.select(is_odd, constant(0x1504), constant(0x5140))
-        # Where token and column are: blocks of 8 columns and 128 tokens, of 1024 bytes; in a row
-        # of 128 tokens, bytes are swizzled 16 at a time, by the column modulo 8.
+        # In a row of 128 tokens, bytes are swizzled 16 at a time, by the column modulo 8.
         token = join(warp, 16, arith.muli(pair, constant(4)))
-        block, token = split(token, 128)
         column = join(t, 2, odd)
         swizzled = arith.xori(token, arith.muli(column, constant(16)))
-        offset = join(block, 1024, join(column, 128, swizzled))
+        offset = join(column, 128, swizzled)
         start = mgpu_utils.memref_ptr(memory)
         for j in range(n // 8):
             low, high = (array.registers[0, j, :, :, row].item() for row in (0, 1))
@@ -115,7 +111,7 @@ def store_transposed(
             mine = arith.select(is_odd, second, first)
             other = mgpu_utils.shfl_bfly(arith.select(is_odd, first, second), 4)
             word = ptx("prmt.b32 $0, $1, $2, $3;", mine, other, selector)
-            index = arith.addi(offset, constant(j * (tokens // 128) * 1024))
+            index = arith.addi(offset, constant(j * 1024))
             llvm.store(word, _pointer(start, index, i8))
 
     store(codes, target)

@@ -37,7 +37,7 @@ def check(task, codes):
             difference = np.abs(np.asarray(found, np.int32) - rounded)
             # The kernel multiplies by the inverse of the scale: ties may fall the other way.
             assert difference.max() <= 1
-            assert difference.mean() < 1e-4
+            assert difference.mean() < 1e-3  # 16-bit numbers have ties
     assert (codes.plain is not None, codes.transposed is not None) == (task.plain, task.transposed)
     if task.other is not None:
         other = task.other.astype(jnp.float32)
