@@ -218,6 +218,7 @@ def query_gradient(problem: Problem, operands: Operands, *, stages: int) -> jax.
         out_type=[jax.ShapeDtypeStruct(problem.query_shape, problem.dtype)],
         heads=problem.heads,
         blocks=team.blocks(problem.queries),
+        name="sage_attention_query_gradient",
     )
     return result
 
@@ -382,6 +383,7 @@ def key_value_gradients(
         out_type=[jax.ShapeDtypeStruct(problem.key_shape, problem.dtype)] * 2,
         heads=problem.kv_heads,
         blocks=team.blocks(problem.keys),
+        name="sage_attention_key_value_gradients",
     )
     return dk, dv
 

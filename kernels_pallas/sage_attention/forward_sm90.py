@@ -241,7 +241,7 @@ def forward(
                 plgpu.barrier_wait(v_free.at[slot])
                 fetch(step, slot)
 
-    def entry(*refs):
+    def sage_attention_forward(*refs):
         two = TEAM.size
         pl.run_scoped(
             lambda *scratch: kernel(refs, scratch),
@@ -266,7 +266,7 @@ def forward(
 
     statistics = jax.ShapeDtypeStruct(query.shape[:3], jnp.float32)
     return plgpu.kernel(
-        entry,
+        sage_attention_forward,
         out_type=(
             jax.ShapeDtypeStruct(problem.query_shape, problem.dtype),
             statistics,

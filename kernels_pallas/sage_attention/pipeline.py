@@ -101,6 +101,7 @@ def launch(
     out_type: Sequence[jax.ShapeDtypeStruct],
     heads: int,
     blocks: int,
+    name: str,
 ) -> Sequence[jax.Array]:
     """Runs a kernel of a team and one warpgroup that keeps `stages` steps in flight."""
     team = team_for(problem.head_dim)
@@ -149,6 +150,7 @@ def launch(
             collective_axes="wg",
         )
 
+    body.__name__ = name  # what profiles show
     return plgpu.kernel(
         body,
         out_type=tuple(out_type),

@@ -190,7 +190,7 @@ def quantize_tiles(tasks: Sequence[Task], *, interpret: bool) -> list[Codes]:
 
         plgpu.wait_smem_to_gmem(0)
 
-    def entry(*refs):
+    def sage_attention_quantize(*refs):
         arrivals = 2 if any(task.other is not None for task in tasks) else 1
         pl.run_scoped(
             functools.partial(kernel, refs),
@@ -204,7 +204,7 @@ def quantize_tiles(tasks: Sequence[Task], *, interpret: bool) -> list[Codes]:
 
     results = iter(
         plgpu.kernel(
-            entry,
+            sage_attention_quantize,
             out_type=tuple(shape for shapes in outputs for shape in shapes.values()),
             grid=(processors,),
             grid_names=("processor",),
