@@ -74,6 +74,7 @@ def _mosaic_gpu(call: _Call):
         smooth_values=call.smooth_values,
         ragged_queries=call.has_lengths[0],
         ragged_keys=call.has_lengths[1],
+        segmented=call.masking.segments is not None,
         return_logsumexp=call.return_residual,
         tiling=mosaic_gpu.tiling_for(call.key.shape[1]),
         interpret=interpreting(),
@@ -90,7 +91,6 @@ def _unsupported_mosaic_gpu(call: _Call) -> str | None:
         call.query.shape[-1],
         has_bias=call.bias is not None,
         has_mask=call.masking.mask is not None,
-        has_segments=call.masking.segments is not None,
         device=None if interpreting() else _device(call.query),
     )
 
@@ -187,7 +187,7 @@ def sage_attention(
         query_segment_ids: int (batch, queries), the number of the document that each token of a
             packed sequence belongs to; a query attends to keys of its own number only.
         key_value_segment_ids: the same for the keys; both are given or none.
-        implementation: "mosaic_gpu" runs on Hopper GPUs, without bias, mask and segments and with a
+        implementation: "mosaic_gpu" runs on Hopper GPUs, without bias and mask and with a
             head_dim up to 128; "xla" runs on every device. None picks the first that supports the
             call, which `explain` tells.
         return_residual: also return the log-sum-exp of the scores, float32 (batch, queries, heads).

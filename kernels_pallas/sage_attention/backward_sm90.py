@@ -37,7 +37,8 @@ from kernels_pallas.mosaic.products import (
     tile,
 )
 from kernels_pallas.sage_attention.pipeline import Kernel, launch, team_for
-from kernels_pallas.sage_attention.problem import ROWS, TILE, Problem
+from kernels_pallas.sage_attention.problem import ROWS, TILE, Limits, Problem
+from kernels_pallas.sage_attention.segments import Segments
 from kernels_pallas.sage_attention.tiling import scale_of_scores
 
 HALF_EXPONENT = 12
@@ -71,6 +72,7 @@ class Operands(NamedTuple):
             D = rowsum(dO * O) divided by `bound`.
         query_length: int32 (batch,), queries that attend to something.
         key_length: int32 (batch,), keys that are attended to.
+        segments: if queries see keys of their own segment only.
     """
 
     query: jax.Array
@@ -88,6 +90,7 @@ class Operands(NamedTuple):
     statistics: jax.Array
     query_length: jax.Array
     key_length: jax.Array
+    segments: Segments | None = None
 
     @property
     def keys_per_scale(self) -> int:
@@ -112,6 +115,9 @@ def query_gradient(problem: Problem, operands: Operands, *, stages: int) -> jax.
     shape = (ROWS, TILE if team.size == 2 else TILE // 2)
     parts = [pl.ds(i, shape[1]) for i in range(0, TILE, shape[1])]
 
+    def limits(x, b, row, rows):
+        return Limits.of(x.segments.keys, b, row, rows) if x.segments else None
+
     def compute(refs, fixed_sm, moving_sm, barriers, position):
         x, (dq,) = refs
         (q_sm, do_sm, out_sm), ((k_sm, v_sm, kt_sm),) = fixed_sm, moving_sm
@@ -130,6 +136,8 @@ def query_gradient(problem: Problem, operands: Operands, *, stages: int) -> jax.
             for i in (0, 1)
         )
         delta *= x.bound[b, h] * inverse_bound
+        if x.segments:
+            q_ids = plgpu.load(x.segments.query_ids.at[b, here], layout=ROW, optimized=False)
         tile_of = lambda step: jnp.minimum(lax.div(step, jnp.int32(steps_per_scale)), last_tile)
         scale_of = lambda step: x.key_scale[b, kv_head, tile_of(step)]
         plgpu.barrier_wait(barriers.fixed.at[wg])
@@ -146,8 +154,11 @@ def query_gradient(problem: Problem, operands: Operands, *, stages: int) -> jax.
                 dp_sum.add(do_sm.at[wg], v_sm.at[slot, part])
                 p = jnp.exp2(s_sum.read(1) * c - rows(lse + MAGIC * c, shape))
                 if masked:
-                    first = step * TILE + part.start
-                    seen = problem.visible(shape, row, first, used[1], TILE)
+                    ids, first = None, step * TILE + part.start
+                    if x.segments:
+                        k_ids = x.segments.key_ids.at[b, pl.ds(first, shape[1])]
+                        ids = q_ids, plgpu.load(k_ids, layout=COLUMN, optimized=False)
+                    seen = problem.visible(shape, row, first, used[1], TILE, ids)
                     p = jnp.where(seen, p, 0.0)
                 p = to_half(p, interpret=interpret)
                 dp = dp_sum.read() * inverse_bound - rows(delta, shape)
@@ -167,7 +178,9 @@ def query_gradient(problem: Problem, operands: Operands, *, stages: int) -> jax.
             barriers.done(0, slot)
             return dq, excess + gain * (jnp.float32(sign) * MAGIC), next_sk
 
-        own = problem.keys_seen(row, ROWS, *used, TILE).within(span) if problem.windowed else span
+        own = span
+        if problem.windowed:
+            own = problem.keys_seen(row, ROWS, *used, TILE, limits(x, b, row, ROWS)).within(span)
         start = full((ROWS, head_dim), 0.0), full((ROWS,), 0.0, layout=ROW), scale_of(own.first)
         if not interpret:
             team.fan_out(wg, problem.stagger)
@@ -182,7 +195,8 @@ def query_gradient(problem: Problem, operands: Operands, *, stages: int) -> jax.
         b, h = lax.axis_index("batch"), lax.axis_index("heads")
         first = problem.longest_first(index, team.blocks(problem.queries)) * team.rows
         used = x.query_length[b], x.key_length[b]
-        span = problem.keys_seen(first, team.rows, *used, TILE)
+        found = limits(x, b, first, team.rows)
+        span = problem.keys_seen(first, team.rows, *used, TILE, found)
         row = first + lax.axis_index("wg") * ROWS
         return b, h, lax.div(h, jnp.int32(problem.group)), row, used, span
 
@@ -241,6 +255,9 @@ def key_value_gradients(
     shape, width = (ROWS, TILE // 2), ROWS if team.size == 2 else ROWS // 2
     parts = [pl.ds(i, shape[1]) for i in range(0, TILE, shape[1])]
 
+    def limits(x, b, row, rows):
+        return Limits.of(x.segments.queries, b, row, rows) if x.segments else None
+
     def compute(refs, fixed_sm, moving_sm, barriers, position):
         x, (dk, dv) = refs
         (k_sm, v_sm, *out_sm), ((q_sm, lse_sm, dot_sm), (do_sm, delta_sm, qt_sm)) = (
@@ -259,7 +276,10 @@ def key_value_gradients(
         tiles = span.last - span.first
         own = span
         if problem.windowed:
-            own = problem.queries_seeing(row, ROWS, *used, TILE).within(span)
+            found = limits(x, b, row, ROWS)
+            own = problem.queries_seeing(row, ROWS, *used, TILE, found).within(span)
+        if x.segments:
+            k_ids = plgpu.load(x.segments.key_ids.at[b, here], layout=ROW, optimized=False)
 
         def head(g, carry):
             h = kv_head * problem.group + g
@@ -279,7 +299,11 @@ def key_value_gradients(
                     lse = plgpu.load(lse_sm.at[slot, part], layout=COLUMN)
                     p = jnp.exp2(s_sum.read() * c - columns(lse + MAGIC * c, shape))
                     if masked:
-                        seen = problem.visible_transposed(shape, row, step * TILE + part.start)
+                        ids, first = None, step * TILE + part.start
+                        if x.segments:
+                            q_ids = x.segments.query_ids.at[b, pl.ds(first, shape[1])]
+                            ids = k_ids, plgpu.load(q_ids, layout=COLUMN, optimized=False)
+                        seen = problem.visible_transposed(shape, row, first, ids)
                         p = jnp.where(seen, p, 0.0)
                     return (to_half(p, interpret=interpret),)
 
@@ -342,7 +366,8 @@ def key_value_gradients(
         b, kv_head = lax.axis_index("batch"), lax.axis_index("heads")
         first = index * team.rows  # with a causal mask the first see the most
         used = x.query_length[b], x.key_length[b]
-        span = problem.queries_seeing(first, team.rows, *used, TILE)
+        found = limits(x, b, first, team.rows)
+        span = problem.queries_seeing(first, team.rows, *used, TILE, found)
         return b, kv_head, first + lax.axis_index("wg") * ROWS, used, span
 
     def fetch(x, position, step):

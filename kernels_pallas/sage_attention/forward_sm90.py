@@ -24,6 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas.mosaic.halves import largest_of_rows, round_half, sum_half, to_half
 from kernels_pallas.mosaic.magic import MAGIC
 from kernels_pallas.mosaic.products import (
+    COLUMN,
     ROW,
     WGMMA,
     Sum,
@@ -36,9 +37,11 @@ from kernels_pallas.sage_attention.problem import (
     COMPILER_PARAMS,
     ROWS,
     TILE,
+    Limits,
     Problem,
     Team,
 )
+from kernels_pallas.sage_attention.segments import Segments
 from kernels_pallas.sage_attention.tiling import scale_of_scores
 
 _LOG2_E = math.log2(math.e)
@@ -71,6 +74,7 @@ def forward(
     value: jax.Array,
     scales: tuple[jax.Array, jax.Array, jax.Array],
     lengths: tuple[jax.Array, jax.Array],
+    segments: Segments | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Runs the kernel.
 
@@ -82,6 +86,7 @@ def forward(
         value: int8 (batch, kv_heads, head_dim, keys), permuted along the keys.
         scales: of query (batch, heads, queries / 128), key and value (batch, kv_heads, tiles).
         lengths: int32 (batch,) queries that attend to something, keys that are attended to.
+        segments: if queries see keys of their own segment only.
 
     Returns:
         Output, `problem.query_shape`; for each row (batch, heads, padded queries) the
@@ -94,7 +99,9 @@ def forward(
     turns_to_exponentiate = head_dim < 2 * ROWS
 
     def kernel(refs, scratch):
-        q, k, v, q_scale, k_scale, v_scale, q_length, kv_length, out, m_out, total_out = refs
+        (q, k, v, q_scale, k_scale, v_scale, q_length, kv_length), refs = refs[:8], refs[8:]
+        *packed, out, m_out, total_out = refs
+        packed = Segments(*packed) if packed else None
         tiles_sm, (k_full, v_full, q_full), (k_free, v_free), turn = scratch
         q_sm, k_sm, v_sm, o_sm, m_sm, total_sm, zero_sm = tiles_sm
         wg, b, h = (lax.axis_index(name) for name in ("wg", "batch", "heads"))
@@ -102,7 +109,8 @@ def forward(
         block = problem.longest_first(lax.axis_index("block"), TEAM.blocks(problem.queries))
         first_row = block * TEAM.rows
         row, used = first_row + wg * block_q, (q_length[b], kv_length[b])
-        span = problem.keys_seen(first_row, TEAM.rows, *used, block_kv)
+        limits = Limits.of(packed.keys, b, first_row, TEAM.rows) if packed else None
+        span = problem.keys_seen(first_row, TEAM.rows, *used, block_kv, limits)
         slot_of = lambda step: lax.rem(step - span.first, jnp.int32(stages))
 
         def take_turns():
@@ -115,6 +123,8 @@ def forward(
             here = pl.ds(row, block_q)
             zero_sm.at[wg][...] = full((block_q,), 0.0, layout=ROW)
             plgpu.copy_gmem_to_smem(q.at[b, h, here], q_sm.at[wg], q_full.at[wg])
+            if packed:
+                q_ids = plgpu.load(packed.query_ids.at[b, here], layout=ROW, optimized=False)
             plgpu.barrier_wait(q_full.at[wg])
             sq = q_scale[b, h, lax.div(row, jnp.int32(TILE))] * log2_scale
             pl.when(span.first < span.last)(lambda: plgpu.barrier_wait(k_full.at[0]))
@@ -157,7 +167,11 @@ def forward(
                 s = scores(slot)
                 plgpu.barrier_arrive(k_free.at[slot])
                 if masked:
-                    visible = problem.visible(s.shape, row, step * block_kv, used[1], block_kv)
+                    ids, first = None, step * block_kv
+                    if packed:
+                        k_ids = packed.key_ids.at[b, pl.ds(first, block_kv)]
+                        ids = q_ids, plgpu.load(k_ids, layout=COLUMN, optimized=False)
+                    visible = problem.visible(s.shape, row, first, used[1], block_kv, ids)
                     s = jnp.where(visible, s, _LOWEST)
                 largest = largest_of_rows(s, interpret=interpret)
                 m_tile = (largest - MAGIC) * s_scale
@@ -214,6 +228,8 @@ def forward(
             if problem.ragged_queries:
                 inside = plgpu.broadcasted_iota(jnp.int32, acc.shape, 0, layout=WGMMA)
                 result = jnp.where(inside < used[0] - row, result, 0.0)
+            if packed:  # What a row without keys has added up is the rounding of MAGIC.
+                result = jnp.where(rows(total, acc.shape) == 0.0, 0.0, result)
             o_sm.at[wg][...] = result.astype(problem.dtype)
             m_sm.at[wg][...], total_sm.at[wg][...] = m, total * (1.0 / 127.0)
             plgpu.commit_smem()
@@ -277,4 +293,4 @@ def forward(
         num_threads=TEAM.size + 1,
         thread_name="wg",
         compiler_params=COMPILER_PARAMS,
-    )(query, key, value, *scales, *lengths)
+    )(query, key, value, *scales, *lengths, *(segments or ()))

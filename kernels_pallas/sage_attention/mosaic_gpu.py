@@ -21,6 +21,7 @@ from kernels_pallas.sage_attention.problem import (
 )
 from kernels_pallas.sage_attention.quantize_sm90 import Codes, Task, quantize_tiles
 from kernels_pallas.sage_attention.reference import EMPTY_LOGSUMEXP
+from kernels_pallas.sage_attention.segments import Segments, describe, match, reached
 from kernels_pallas.sage_attention.tiling import Tiling
 from kernels_pallas.sage_attention.tuning import Tuning
 
@@ -49,22 +50,20 @@ class Options:
     smooth_values: bool
     ragged_queries: bool
     ragged_keys: bool
+    segmented: bool
     return_logsumexp: bool
     tiling: Tiling
     interpret: bool
     tuning: Tuning = dataclasses.field(default_factory=Tuning)
 
 
-def unsupported(
-    head_dim: int, *, has_bias: bool, has_mask: bool, has_segments: bool, device: Any
-) -> str | None:
+def unsupported(head_dim: int, *, has_bias: bool, has_mask: bool, device: Any) -> str | None:
     """Says why a call cannot use the kernels; None if it can.
 
     Args:
         head_dim: of query, key and value.
         has_bias: whether a bias is given.
         has_mask: whether a mask is given.
-        has_segments: whether segment ids are given.
         device: where the call runs; None in the interpreter.
     """
     if device is not None:
@@ -78,10 +77,11 @@ def unsupported(
                 "it needs compute capability 9.0 (H100, H200), "
                 f"{device.device_kind} has {capability}"
             )
-    flags = {"bias": has_bias, "mask": has_mask, "segment ids": has_segments}
+    flags = {"bias": has_bias, "mask": has_mask}
     given = " and ".join(name for name, on in flags.items() if on)
     if given:
-        return f"it takes no {given}; causal masks, local windows and sequence lengths it does take"
+        taken = "causal masks, local windows, lengths and segment ids"
+        return f"it takes no {given}; {taken} it does take"
     if head_dim % 8 or head_dim > _LARGEST_HEAD_DIM:
         return f"head_dim must be a multiple of 8 up to {_LARGEST_HEAD_DIM}, got {head_dim}"
     return None
@@ -105,6 +105,7 @@ class Residuals(NamedTuple):
     logsumexp: jax.Array  # (batch, heads, padded queries), in units of log 2; +1e30: sees nothing
     query_length: jax.Array
     key_length: jax.Array
+    segments: Segments | None
 
 
 def forward(
@@ -124,24 +125,31 @@ def forward(
     assert bias is None
     lengths = _lengths(options, query, key, masking)
     compute = functools.partial(_forward, options, differentiated)
-    return _over_batches(compute)(query, key, value, *lengths)
+    return _over_batches(compute)(query, key, value, lengths, masking.segments)
 
 
-def _forward(options, differentiated, query, key, value, *lengths):
-    problem = _problem(options, query, key)
+def _forward(options, differentiated, query, key, value, lengths, ids):
+    problem, segments = _problem(options, query, key), None
     dtype, dim, padded = key.dtype, query.shape[-1], problem.head_dim
     queries = query.shape[1]
     query, key, value = (_pad(x, 3, padded) for x in (query, key, value))
     query_lengths = lengths[0] if problem.ragged_queries else None
     key_lengths = lengths[1] if problem.ragged_keys else None
-    if key_lengths is not None:
-        value = _keep(value, key_lengths)
-    key_mean, value_mean = _mean(key, key_lengths), None
+    attended = None if key_lengths is None else _inside(key.shape[1], key_lengths)
+    if ids is not None:
+        matches = match(ids, lengths)
+        segments = describe(ids, lengths, matches)
+        attending = reached(matches[0], problem.left, problem.right)
+        attended = reached(matches[1], problem.right, problem.left)
+        query = _keep(query, attending)
+    value = _keep(value, attended)
+    key_mean, value_mean = _mean(key, attended), None
+    if ids is not None and attended is not None:
+        # Lengths do not cut off what nobody sees among others, so it becomes zero this way.
+        key = jnp.where(attended[..., None, None], key, key_mean[:, None].astype(dtype))
     if options.smooth_values:
-        value_mean = _mean(value, key_lengths)
-        value = value - value_mean[:, None]
-        if key_lengths is not None:
-            value = _keep(value, key_lengths)
+        value_mean = _mean(value, attended)
+        value = _keep(value - value_mean[:, None], attended)
 
     block_kv = options.tiling.block_kv
     query8, key8, value8 = _quantize(
@@ -159,6 +167,7 @@ def _forward(options, differentiated, query, key, value, *lengths):
         value8.transposed,
         (query8.scale, key8.scale, value8.scale),
         lengths,
+        segments,
     )
     out, largest, total = _varying_like(value, results)
     inside = _inside(largest.shape[2], lengths[0])[:, None]
@@ -167,7 +176,18 @@ def _forward(options, differentiated, query, key, value, *lengths):
     # A row of NaN has seen something; the comparison above would hide it.
     logsumexp = jnp.where(inside & jnp.isnan(total), jnp.nan, logsumexp)
     value = _pad(value.astype(_product_dtype(dtype)), 1, problem.key_shape[1])
-    residuals = Residuals(query8, key8, key_mean, value, value8.scale, out, logsumexp, *lengths)
+    residuals = Residuals(
+        query8,
+        key8,
+        key_mean,
+        value,
+        value8.scale,
+        out,
+        logsumexp,
+        lengths[0],
+        lengths[1],
+        segments,
+    )
     result = out
     if value_mean is not None:
         seen = sees[:, :, : out.shape[1]].swapaxes(1, 2)[..., None]
@@ -198,7 +218,10 @@ def _backward(options, shapes, residuals, d_out, d_logsumexp):
     dim, x = query.shape[-1], residuals
     d_out = _pad(_pad(d_out, 3, problem.head_dim), 1, problem.query_shape[1])
     if problem.ragged_queries:
-        d_out = _keep(d_out, x.query_length)
+        d_out = _keep(d_out, _inside(d_out.shape[1], x.query_length))
+    if problem.segmented:
+        sees = ~(x.logsumexp[:, 0, : d_out.shape[1]] >= 1e30)  # alike for all heads
+        d_out = _keep(d_out, sees)
     (d_out8,) = _quantize(options, Task(d_out, TILE, plain=False, other=x.out))
     delta, square = d_out8.products
     if d_logsumexp is not None:
@@ -228,6 +251,7 @@ def _backward(options, shapes, residuals, d_out, d_logsumexp):
         statistics=jnp.stack([row.reshape(tiles) for row in statistics], axis=3),
         query_length=x.query_length,
         key_length=x.key_length,
+        segments=x.segments,
     )
     query_stages, key_stages = (_stages(options, size) for size in _backward_bytes(problem))
     gradients = _varying_like(
@@ -321,6 +345,7 @@ def _problem(options: Options, query, key) -> Problem:
         ragged_keys=options.ragged_queries
         or options.ragged_keys
         or (right is not None and queries + right < keys),
+        segmented=options.segmented,
         interpret=options.interpret,
         stagger=options.tuning.stagger,
     )
@@ -347,21 +372,20 @@ def _product_dtype(dtype) -> jnp.dtype:
     return jnp.dtype(jnp.float16 if dtype == jnp.float16 else jnp.bfloat16)
 
 
-def _mean(x: jax.Array, lengths: jax.Array | None) -> jax.Array:
-    """Returns the mean of the tokens below the lengths, float32 (batch, heads, head_dim)."""
-    tokens, count = x.shape[1], x.shape[1]
-    if lengths is not None:
-        x = _keep(x, lengths)
-        count = jnp.maximum(lengths, 1).astype(jnp.float32)[:, None, None, None]
+def _mean(x: jax.Array, kept: jax.Array | None) -> jax.Array:
+    """Returns the mean of the tokens that are kept, float32 (batch, heads, head_dim)."""
+    x, tokens, count = _keep(x, kept), x.shape[1], x.shape[1]
+    if kept is not None:
+        count = jnp.maximum(jnp.sum(kept, axis=1, dtype=jnp.float32), 1.0)[:, None, None, None]
     # In two steps: one alone would keep few of a GPU's processors busy.
     parts = x.reshape(x.shape[0], -1, math.gcd(tokens, 64), *x.shape[2:])
     sums = lax.optimization_barrier(jnp.sum(parts, axis=2, dtype=jnp.float32))
     return jnp.sum(sums / count, axis=1)
 
 
-def _keep(x: jax.Array, lengths: jax.Array) -> jax.Array:
-    """Zeroes the tokens of (batch, tokens, heads, head_dim) beyond the lengths."""
-    return jnp.where(_inside(x.shape[1], lengths)[..., None, None], x, 0)
+def _keep(x: jax.Array, kept: jax.Array | None) -> jax.Array:
+    """Zeroes tokens of (batch, tokens, heads, head_dim); kept: bool (batch, tokens), None: all."""
+    return x if kept is None else jnp.where(kept[..., None, None], x, 0)
 
 
 def _inside(tokens: int, lengths: jax.Array) -> jax.Array:

@@ -106,8 +106,10 @@ def launch(
     """Runs a kernel of a team and one warpgroup that keeps `stages` steps in flight."""
     team = team_for(problem.head_dim)
 
+    arrays, structure = jax.tree.flatten(operands)
+
     def body(*refs):
-        x, outputs = type(operands)(*refs[: len(operands)]), refs[len(operands) :]
+        x, outputs = structure.unflatten(refs[: len(arrays)]), refs[len(arrays) :]
 
         def scoped(fixed_sm, moving_sm, *barriers):
             barriers = Barriers(*barriers, stages)
@@ -159,4 +161,4 @@ def launch(
         num_threads=team.size + 1,
         thread_name="wg",
         compiler_params=COMPILER_PARAMS,
-    )(*operands)
+    )(*arrays)

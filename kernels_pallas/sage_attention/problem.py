@@ -2,7 +2,7 @@
 
 Without an explicit mask, a query t sees an interval of keys: from t - left to t + right, cut off at
 the number of keys. So every mask is two bounds, tiles outside of them are skipped, and only tiles
-on the edge have to be masked, element by element.
+on the edge have to be masked, element by element. Segments narrow the bounds (`segments`).
 """
 
 import dataclasses
@@ -16,7 +16,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.mosaic.products import WGMMA, sleep
+from kernels_pallas.mosaic.products import WGMMA, columns, rows, sleep
+from kernels_pallas.sage_attention.segments import CHUNK
 
 ROWS = 64
 """Rows of a product that a warpgroup owns."""
@@ -114,6 +115,7 @@ class Problem:
         right: how far it looks ahead; 0 if causal.
         ragged_queries: whether lengths given when the program runs cut queries off.
         ragged_keys: the same for keys.
+        segmented: whether queries see keys of their own segment only.
         interpret: whether the kernels run in the interpreter.
         stagger: see `tuning.Tuning`.
     """
@@ -130,6 +132,7 @@ class Problem:
     right: int | None = None
     ragged_queries: bool = False
     ragged_keys: bool = False
+    segmented: bool = False
     interpret: bool = False
     stagger: int = 0
 
@@ -151,7 +154,7 @@ class Problem:
     @property
     def windowed(self) -> bool:
         """Whether it depends on a query which keys it sees."""
-        return self.left is not None or self.right is not None
+        return self.left is not None or self.right is not None or self.segmented
 
     def longest_first(self, index: jax.Array, count: int) -> jax.Array:
         """Reverses the order of blocks of queries where later ones see more keys."""
@@ -160,7 +163,13 @@ class Problem:
         return count - 1 - index
 
     def keys_seen(
-        self, row: jax.Array, rows: int, queries: jax.Array, keys: jax.Array, block_kv: int
+        self,
+        row: jax.Array,
+        rows: int,
+        queries: jax.Array,
+        keys: jax.Array,
+        block_kv: int,
+        limits: "Limits | None" = None,
     ) -> Span:
         """Returns the tiles of keys that the queries from `row` to `row + rows` see.
 
@@ -170,12 +179,19 @@ class Problem:
             queries: queries that attend to anything; known when the kernel runs, as are `keys`.
             keys: keys that are attended to.
             block_kv: keys in a tile.
+            limits: those of the rows, if there are segments.
         """
         end, cut = jnp.minimum(row + rows, queries), self._cuts_keys(block_kv)
-        return _span(row, end, self.left, self.right, keys, block_kv, masks_limit=cut)
+        return _span(row, end, self.left, self.right, keys, block_kv, limits, masks_limit=cut)
 
     def queries_seeing(
-        self, column: jax.Array, columns: int, queries: jax.Array, keys: jax.Array, block_q: int
+        self,
+        column: jax.Array,
+        columns: int,
+        queries: jax.Array,
+        keys: jax.Array,
+        block_q: int,
+        limits: "Limits | None" = None,
     ) -> Span:
         """Returns the tiles of queries that see the keys from `column` to `column + columns`.
 
@@ -183,7 +199,9 @@ class Problem:
         log-sum-exp, the gradients of the latter are cut off at the end.
         """
         end = jnp.minimum(column + columns, keys)
-        return _span(column, end, self.right, self.left, queries, block_q, masks_limit=False)
+        return _span(
+            column, end, self.right, self.left, queries, block_q, limits, masks_limit=False
+        )
 
     def visible(
         self,
@@ -192,6 +210,7 @@ class Problem:
         column: jax.Array,
         keys: jax.Array,
         block_kv: int,
+        ids: tuple[jax.Array, jax.Array] | None = None,
     ) -> jax.Array:
         """Returns which queries (rows) see which keys (columns), in a part of a masked tile.
 
@@ -201,9 +220,10 @@ class Problem:
             column: its first key.
             keys: keys that are attended to.
             block_kv: keys in the tile, as `keys_seen` was told.
+            ids: of the rows and of the columns, if there are segments.
         """
         r, c = (plgpu.broadcasted_iota(jnp.int32, shape, i, layout=WGMMA) for i in (0, 1))
-        conditions = []
+        conditions = _same(ids, shape)
         if self._cuts_keys(block_kv):
             conditions.append(c < keys - column)
         if self.right is not None:
@@ -213,11 +233,15 @@ class Problem:
         return functools.reduce(jnp.logical_and, conditions)
 
     def visible_transposed(
-        self, shape: tuple[int, ...], column: jax.Array, row: jax.Array
+        self,
+        shape: tuple[int, ...],
+        column: jax.Array,
+        row: jax.Array,
+        ids: tuple[jax.Array, jax.Array] | None = None,
     ) -> jax.Array:
         """Returns which keys of a tile (its rows) are seen by which queries (columns)."""
         s, t = (plgpu.broadcasted_iota(jnp.int32, shape, i, layout=WGMMA) for i in (0, 1))
-        conditions = []
+        conditions = _same(ids, shape)
         if self.right is not None:
             conditions.append(s <= t + (row + self.right - column))
         if self.left is not None:
@@ -233,19 +257,54 @@ def round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def _span(start, end, left, right, limit, block, *, masks_limit) -> Span:
+class Limits(NamedTuple):
+    """Which tokens some tokens see at most, and which all of them see; see `Segments.keys`."""
+
+    first: jax.Array
+    inner_first: jax.Array
+    inner_last: jax.Array
+    last: jax.Array
+
+    @classmethod
+    def of(cls, chunks: Any, batch: jax.Array, row: jax.Array, rows: int) -> "Limits":
+        """Reads those of the rows from `row` to `row + rows`, multiples of 64."""
+        start, end = lax.div(row, jnp.int32(CHUNK)), chunks.shape[1] - 1
+        ways = jnp.minimum, jnp.maximum, jnp.minimum, jnp.maximum
+        indices = [jnp.minimum(start + i, end) for i in range(rows // CHUNK)]
+        return cls(
+            *(
+                functools.reduce(way, [chunks[batch, index, i] for index in indices])
+                for i, way in enumerate(ways)
+            )
+        )
+
+
+def _same(ids: tuple[jax.Array, jax.Array] | None, shape: tuple[int, ...]) -> list[jax.Array]:
+    """Returns the condition that rows and columns have the same id, if there are ids."""
+    return [] if ids is None else [rows(ids[0], shape) == columns(ids[1], shape)]
+
+
+def _span(start, end, left, right, limit, block, limits, *, masks_limit) -> Span:
     """Tiles that [start, end) reaches, where t reaches from t - left to t + right below `limit`."""
     lowest = lambda t: jnp.int32(0) if left is None else jnp.maximum(t - left, 0)
     highest = lambda t: limit if right is None else jnp.minimum(t + right + 1, limit)
-    first = lax.div(lowest(start), jnp.int32(block))
-    last = jnp.where(end > start, _ceil_div(highest(end - 1), block), first)
-    last = jnp.maximum(first, last)
+    # What the first token and the last one reach bounds what any of them and all of them do.
+    outer, inner = (lowest(start), highest(end - 1)), (lowest(end - 1), highest(start))
     before, after = left is not None, right is not None or masks_limit
+    if limits is not None:
+        before = after = True
+        outer = jnp.maximum(outer[0], limits.first), jnp.minimum(outer[1], limits.last)
+        inner = jnp.maximum(inner[0], limits.inner_first), jnp.minimum(inner[1], limits.inner_last)
+    last = jnp.where(end > start, _ceil_div(outer[1], block), 0)
+    first = lax.div(outer[0], jnp.int32(block))
+    if limits is not None:
+        first = jnp.minimum(first, last)
+    last = jnp.maximum(first, last)
     inner_first, inner_last = first, last
     if before:
-        inner_first = jnp.clip(_ceil_div(lowest(end - 1), block), first, last)
+        inner_first = jnp.clip(_ceil_div(inner[0], block), first, last)
     if after:
-        inner_last = jnp.clip(lax.div(highest(start), jnp.int32(block)), inner_first, last)
+        inner_last = jnp.clip(lax.div(inner[1], jnp.int32(block)), inner_first, last)
     return Span(first, inner_first, inner_last, last, before, after)
 
 

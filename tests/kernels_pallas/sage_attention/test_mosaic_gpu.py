@@ -12,9 +12,9 @@ import pytest
 
 from kernels_pallas import explain, sage_attention
 from kernels_pallas.mosaic import interpreted
-from kernels_pallas.sage_attention import mosaic_gpu, reference, vjp
+from kernels_pallas.sage_attention import mosaic_gpu, reference, segments, vjp
 from kernels_pallas.sage_attention.masking import Masking, Structure
-from kernels_pallas.sage_attention.problem import Problem
+from kernels_pallas.sage_attention.problem import Limits, Problem
 from tests.conformance.attention import AttentionConformance, draw
 from tests.conformance.exact_attention import allowed_pairs, relative_l2
 
@@ -44,7 +44,11 @@ def like_the_kernels(*, smooth_values=False, keys, **options):
             smooth_values=smooth_values,
             product_dtype=jnp.float16 if query.dtype == jnp.float16 else jnp.bfloat16,
         )
-        masking = Masking(None, **lengths)
+        ids = None
+        if "query_segment_ids" in options:
+            names = ("query_segment_ids", "key_value_segment_ids")
+            ids = tuple(jnp.asarray(options[name], jnp.int32) for name in names)
+        masking = Masking(None, **lengths, segments=ids)
         return vjp.attention(reference, settings, query, key, value, None, masking)[0]
 
     return attend
@@ -84,6 +88,12 @@ def compare(inputs, *, bound=3e-3, jit=False, **options):
         assert np.linalg.norm(one - other) <= bound * np.linalg.norm(other) + floor, name
 
 
+def packed(documents, **options):
+    """Options for sequences of documents of these lengths."""
+    ids = np.stack([np.repeat(np.arange(len(sizes)), sizes) for sizes in documents])
+    return {"query_segment_ids": ids, "key_value_segment_ids": ids, **options}
+
+
 CASES = {
     "plain": ({"queries": 128}, {}),
     "odd lengths": ({"queries": 77, "keys": 201, "heads": 4, "kv_heads": 2, "dim": 40}, {}),
@@ -103,6 +113,26 @@ CASES = {
             "query_seq_lengths": np.array([140, 30, 0]),
             "key_value_seq_lengths": np.array([3, 140, 70]),
         },
+    ),
+    "segments": (
+        {"batch": 2, "queries": 700, "heads": 2, "kv_heads": 1},
+        packed([[150, 1, 249, 300], [640, 60]]),
+    ),
+    "segments, causal": (
+        {"queries": 600, "heads": 1, "dim": 128},
+        packed([[130, 270, 200]], is_causal=True),
+    ),
+    "segments in any order": (
+        {"queries": 150, "keys": 333, "heads": 1},
+        {
+            "query_segment_ids": np.random.default_rng(0).integers(0, 4, (1, 150)),
+            "key_value_segment_ids": np.random.default_rng(1).integers(1, 5, (1, 333)),
+        },
+    ),
+    "segments, lengths and a window": (
+        {"batch": 2, "queries": 300, "heads": 1},
+        packed([[100, 200], [250, 50]], local_window_size=(90, 20))
+        | {"query_seq_lengths": np.array([300, 170])},
     ),
     "one token": ({"queries": 1}, {}),
     "smooth values": ({"queries": 130}, {"smooth_values": True}),
@@ -244,6 +274,13 @@ def draw_case(choose, lengths, heads=2):
     for name, most in (("query_seq_lengths", queries), ("key_value_seq_lengths", keys)):
         if choose([False, True]):
             options[name] = np.array([choose(range(most + 1)) for _ in range(batch)])
+    if choose([False, False, True]):
+        rng = np.random.default_rng(choose(range(100)))
+        documents = choose([1, 2, 6])
+        ids = [rng.integers(0, documents, (batch, n)) for n in (queries, keys)]
+        if choose([False, True, True]):
+            ids = [np.sort(x) for x in ids]
+        options["query_segment_ids"], options["key_value_segment_ids"] = ids
     inputs = draw(
         choose(range(100)),
         batch=batch,
@@ -279,6 +316,46 @@ class TestSpans:
                 span = problem.queries_seeing(column, rows, queries, keys, block)
                 self.check(span, allowed[:, column : column + rows].T, block)
 
+    @pytest.mark.parametrize("in_order", [True, False])
+    @pytest.mark.parametrize(("left", "right"), [(None, None), (None, 0), (70, 30)])
+    def test_spans_of_segments(self, left, right, in_order):
+        rng, (queries, keys) = np.random.default_rng(3), (700, 500)
+        ids = [rng.integers(*bounds, (1, n)) for bounds, n in (((0, 5), queries), ((1, 6), keys))]
+        if in_order:
+            ids = [np.sort(x) for x in ids]
+        lengths = [np.array([600]), np.array([480])]
+        ids, lengths = ([jnp.asarray(x, jnp.int32) for x in pair] for pair in (ids, lengths))
+        matches = segments.match(ids, lengths)
+        description = segments.describe(ids, lengths, matches)
+        problem = Problem(
+            batch=1, queries=queries, keys=keys, heads=1, kv_heads=1, head_dim=64,
+            dtype=jnp.float32, scale=1.0, left=left, right=right, segmented=True,
+            ragged_queries=True, ragged_keys=True,
+        )  # fmt: skip
+        window = tuple(10_000 if side is None else side for side in (left, right))
+        allowed = allowed_pairs((1, 1, queries, keys), window=window)[0, 0][:600, :480]
+        allowed = allowed & (np.asarray(ids[0])[0, :600, None] == np.asarray(ids[1])[0, None, :480])
+        skipped = 0
+        for rows, block in ((192, 256), (128, 64), (64, 128)):
+            for row in range(0, 600, rows):
+                limits = Limits.of(description.keys, 0, row, rows)
+                span = problem.keys_seen(row, rows, 600, 480, block, limits)
+                self.check(span, allowed[row : row + rows], block)
+                skipped += -(-480 // block) - int(span.last - span.first)
+            for column in range(0, 480, rows):
+                limits = Limits.of(description.queries, 0, column, rows)
+                span = problem.queries_seeing(column, rows, 600, 480, block, limits)
+                self.check(span, allowed[:, column : column + rows].T, block)
+        assert skipped >= 10 or not in_order
+        seen = [allowed.any(axis=1 - i) for i in (0, 1)]
+        sides = (matches[0], left, right, seen[0]), (matches[1], right, left, seen[1])
+        for side, before, after, expected in sides:
+            found = np.asarray(segments.reached(side, before, after))[0]
+            assert not found[expected.size :].any()
+            assert (found[: expected.size] >= expected).all()
+            if in_order:
+                np.testing.assert_array_equal(found[: expected.size], expected)
+
     def check(self, span, allowed, block):
         first, inner_first, inner_last, last = map(int, span[:4])
         assert 0 <= first <= inner_first <= inner_last <= last
@@ -300,9 +377,6 @@ class TestRefusals:
                 attend(query, key, value, jnp.zeros((1, 1, 70, 70)))
             with pytest.raises(NotImplementedError, match="takes no mask; causal masks"):
                 attend(query, key, value, mask=jnp.ones((1, 1, 70, 70), bool))
-            ids = jnp.zeros((1, 70), jnp.int32)
-            with pytest.raises(NotImplementedError, match="takes no segment ids; causal masks"):
-                attend(query, key, value, query_segment_ids=ids, key_value_segment_ids=ids)
             for dim in (36, 136):
                 query, key, value, _ = draw(23, queries=70, dim=dim)
                 with pytest.raises(
@@ -327,9 +401,7 @@ class TestRefusals:
         class Ampere:
             platform, device_kind, compute_capability = "gpu", "NVIDIA A100", "8.0"
 
-        reason = mosaic_gpu.unsupported(
-            64, has_bias=False, has_mask=False, has_segments=False, device=Ampere()
-        )
+        reason = mosaic_gpu.unsupported(64, has_bias=False, has_mask=False, device=Ampere())
         assert reason == "it needs compute capability 9.0 (H100, H200), NVIDIA A100 has 8.0"
 
 
@@ -356,6 +428,13 @@ class TestLowering:
         text = self.lower(attend, (2, 200, 4, dim), (2, 333, 2, dim), (2, 333, 2, dim))
         assert text.count("mosaic_gpu_v2") == KERNELS
 
+    def test_segments(self):
+        ids = jnp.zeros((2, 200), jnp.int32)
+        attend = functools.partial(
+            sage_attention, is_causal=True, query_segment_ids=ids, key_value_segment_ids=ids
+        )
+        assert self.lower(attend, *[(2, 200, 4, 64)] * 3).count("mosaic_gpu_v2") == KERNELS
+
     @pytest.mark.parametrize("spec", [jax.P("data"), jax.P(None, None, "data")], ids=str)
     def test_shard_map_over_batch_or_heads_needs_no_collective(self, spec):
         types = (jax.sharding.AxisType.Auto,)
@@ -376,9 +455,8 @@ class TestLowering:
 class TestOnTheGpu(AttentionConformance):
     implementation = "mosaic_gpu"
     wide_scores_error = 0.0265  # the reference with tiles of 128: 0.02625
-    # These pass masks, biases or segments, which the kernels refuse.
+    # These pass masks or biases, which the kernels refuse.
     test_masks_of_every_shape = None
-    test_segments = None
     test_bias_and_its_gradient = None
     test_a_bias_that_shifts_a_whole_row_changes_nothing = None
     test_visible_nan_and_infinity_are_not_hidden = None
