@@ -64,7 +64,10 @@ class AttentionConformance:
     def check(self, inputs, *, out_error=0.026, gradient_error=0.03, **options):
         """Compare with float64 and return the output and gradients."""
         out, gradients = self.run(*inputs, **options)
+        segments = [options.pop(f"{side}_segment_ids", None) for side in ("query", "key_value")]
         names = {MASK_NAMES[name]: value for name, value in options.items()}
+        if segments[0] is not None:
+            names["mask"] = segments[0][:, None, :, None] == segments[1][:, None, None, :]
         if isinstance(window := names.get("window"), int):
             names["window"] = (window, window)
         expected_out, _, expected = exact_attention(*inputs, **names)
@@ -145,9 +148,16 @@ class AttentionConformance:
         of_query = np.stack([np.repeat([3, 1, 7], [80, 1, 69]), np.repeat([0, 1], [20, 130])])
         of_key = np.stack([np.repeat([3, 1, 7], [80, 1, 69]), np.repeat([0, 2, 1], [20, 9, 121])])
         segments = {"query_segment_ids": of_query, "key_value_segment_ids": of_key}
-        mask = of_query[:, None, :, None] == of_key[:, None, None, :]
-        expected = self.check(inputs, mask=mask, is_causal=is_causal)
+        self.check(inputs, **segments, is_causal=is_causal)
+
+    @pytest.mark.parametrize("is_causal", [False, True])
+    def test_segments_are_a_mask(self, is_causal):
+        inputs = draw(30, batch=2, queries=150)
+        ids = np.random.default_rng(7).integers(0, 4, (2, 2, 150))
+        segments = {"query_segment_ids": ids[0], "key_value_segment_ids": ids[1]}
         actual = self.run(*inputs, **segments, is_causal=is_causal)
+        mask = ids[0][:, None, :, None] == ids[1][:, None, None, :]
+        expected = self.run(*inputs, mask=mask, is_causal=is_causal)
         jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
     @pytest.mark.parametrize("scale", [0.02, 1.0])

@@ -457,6 +457,7 @@ class TestOnTheGpu(AttentionConformance):
     wide_scores_error = 0.0265  # the reference with tiles of 128: 0.02625
     # These pass masks or biases, which the kernels refuse.
     test_masks_of_every_shape = None
+    test_segments_are_a_mask = None
     test_bias_and_its_gradient = None
     test_a_bias_that_shifts_a_whole_row_changes_nothing = None
     test_visible_nan_and_infinity_are_not_hidden = None
