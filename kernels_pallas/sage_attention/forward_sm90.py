@@ -1,9 +1,9 @@
 """The forward kernel for Hopper: softmax(Q·Kᵀ)·V with both products in INT8.
 
-A block of threads owns 128 queries of one head. Two warpgroups of 64 queries compute, a third one
-keeps copies of keys and values in flight. The two take turns, so that one multiplies while the
-other exponentiates: at head_dim 128 with the tensor cores, at 64, where exponentials take longer
-than products, with the units that make those.
+A block of threads works on 128 queries of one head, then on others (`schedule`). Two warpgroups of
+64 queries compute, a third one keeps copies of keys and values in flight. The two take turns, so
+that one multiplies while the other exponentiates: at head_dim 128 with the tensor cores, at 64,
+where exponentials take longer than products, with the units that make those.
 
 Algorithm 1 of SageBwd (arXiv 2603.02170), with P scaled by the largest entry of its own row in the
 tile.
@@ -14,6 +14,7 @@ tile.
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,8 +40,10 @@ from kernels_pallas.sage_attention.problem import (
     TILE,
     Limits,
     Problem,
+    Span,
     Team,
 )
+from kernels_pallas.sage_attention.schedule import Schedule
 from kernels_pallas.sage_attention.segments import Segments
 from kernels_pallas.sage_attention.tiling import scale_of_scores
 
@@ -64,6 +67,24 @@ class ForwardTiles:
 
     block_kv: int = 256
     stages: int = 2
+
+
+class _Place(NamedTuple):
+    """What a block of threads works on.
+
+    Attributes:
+        batch, head, kv_head: which.
+        first_row: the first of 128 queries.
+        used: queries that attend to something, keys that are attended to.
+        span: the tiles of keys that the queries see.
+    """
+
+    batch: jax.Array
+    head: jax.Array
+    kv_head: jax.Array
+    first_row: jax.Array
+    used: tuple[jax.Array, jax.Array]
+    span: Span
 
 
 def forward(
@@ -97,40 +118,47 @@ def forward(
     head_dim, interpret = problem.head_dim, problem.interpret
     log2_scale = problem.scale * _LOG2_E
     turns_to_exponentiate = head_dim < 2 * ROWS
+    schedule = Schedule.of(problem, TEAM.blocks(problem.queries))
 
     def kernel(refs, scratch):
         (q, k, v, q_scale, k_scale, v_scale, q_length, kv_length), refs = refs[:8], refs[8:]
         *packed, out, m_out, total_out = refs
         packed = Segments(*packed) if packed else None
         tiles_sm, (k_full, v_full, q_full), (k_free, v_free), turn = scratch
-        q_sm, k_sm, v_sm, o_sm, m_sm, total_sm, zero_sm = tiles_sm
-        wg, b, h = (lax.axis_index(name) for name in ("wg", "batch", "heads"))
-        kv_head = lax.div(h, jnp.int32(problem.group))
-        block = problem.longest_first(lax.axis_index("block"), TEAM.blocks(problem.queries))
-        first_row = block * TEAM.rows
-        row, used = first_row + wg * block_q, (q_length[b], kv_length[b])
-        limits = Limits.of(packed.keys, b, first_row, TEAM.rows) if packed else None
-        span = problem.keys_seen(first_row, TEAM.rows, *used, block_kv, limits)
-        slot_of = lambda step: lax.rem(step - span.first, jnp.int32(stages))
+        q_sm, k_sm, v_sm, o_sm, m_sm, total_sm, zero_sm, sink_sm = tiles_sm
+        wg, worker = lax.axis_index("wg"), lax.axis_index("worker")
+        items = schedule.rounds(worker)
+
+        def place_of(item):
+            b, h, block = schedule.place(item, worker)
+            first_row, used = block * TEAM.rows, (q_length[b], kv_length[b])
+            limits = Limits.of(packed.keys, b, first_row, TEAM.rows) if packed else None
+            span = problem.keys_seen(first_row, TEAM.rows, *used, block_kv, limits)
+            return _Place(b, h, lax.div(h, jnp.int32(problem.group)), first_row, used, span)
 
         def take_turns():
             plgpu.barrier_arrive(turn)
             plgpu.barrier_wait(turn)
 
-        @pl.when(wg < TEAM.size)
-        def compute():
-            plgpu.set_max_registers(TEAM.registers, action="increase")
+        def fetch_query(item):
+            place = place_of(item)
+            here = pl.ds(place.first_row + wg * block_q, block_q)
+            plgpu.copy_gmem_to_smem(q.at[place.batch, place.head, here], q_sm.at[wg], q_full.at[wg])
+
+        def attend(item, done):
+            """Computes an item after `done` tiles of keys; returns the new number of those."""
+            b, h, kv_head, first_row, used, span = place_of(item)
+            row = first_row + wg * block_q
             here = pl.ds(row, block_q)
-            zero_sm.at[wg][...] = full((block_q,), 0.0, layout=ROW)
-            plgpu.copy_gmem_to_smem(q.at[b, h, here], q_sm.at[wg], q_full.at[wg])
+            slot_of = lambda step: lax.rem(done + step - span.first, jnp.int32(stages))
             if packed:
                 q_ids = plgpu.load(packed.query_ids.at[b, here], layout=ROW, optimized=False)
             plgpu.barrier_wait(q_full.at[wg])
             sq = q_scale[b, h, lax.div(row, jnp.int32(TILE))] * log2_scale
-            pl.when(span.first < span.last)(lambda: plgpu.barrier_wait(k_full.at[0]))
-            pl.when(wg == 1)(take_turns)
-            if turns_to_exponentiate:
-                plgpu.barrier_arrive(turn)
+
+            @pl.when(span.first < span.last)
+            def _():
+                plgpu.barrier_wait(k_full.at[slot_of(span.first)])
 
             def scores(slot):
                 def body(s):
@@ -195,7 +223,7 @@ def forward(
                 p = to_half(p, interpret=interpret)
                 p_sum = sum_half(p, interpret=interpret)
                 if turns_to_exponentiate:
-                    total_sm.at[wg][...] = p_sum  # needs every exponential, before the arrival
+                    sink_sm.at[wg][...] = p_sum  # needs every exponential, before the arrival
                     plgpu.barrier_arrive(turn)
                 p8 = round_half([p], correction, interpret=interpret)
                 total = total * alpha + p_sum * (beta * correction)
@@ -220,9 +248,9 @@ def forward(
                 full((block_q,), 0.0, layout=ROW),
             )
             acc, m, total = span.fold(visit, carry)
-            if turns_to_exponentiate:
-                plgpu.barrier_wait(turn)
-            pl.when(wg == 0)(take_turns)
+            # All threads are done with the query, and what was written before is gone.
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            pl.when(item + 1 < items)(lambda: fetch_query(item + 1))
             safe = jnp.where(total == 0.0, 1.0, total)
             result = acc / rows(safe, acc.shape)
             if problem.ragged_queries:
@@ -236,26 +264,45 @@ def forward(
             plgpu.copy_smem_to_gmem(o_sm.at[wg], out.at[b, here, h])
             plgpu.copy_smem_to_gmem(m_sm.at[wg], m_out.at[b, h, here])
             plgpu.copy_smem_to_gmem(total_sm.at[wg], total_out.at[b, h, here])
+            return done + span.last - span.first
+
+        def supply(item, done):
+            """Fetches the keys and values of an item."""
+            b, _, kv_head, _, _, span = place_of(item)
+
+            @pl.loop(span.first, span.last)
+            def _(step):
+                count = done + step - span.first
+                slot, at = lax.rem(count, jnp.int32(stages)), pl.ds(step * block_kv, block_kv)
+
+                @pl.when(count >= stages)
+                def _():
+                    plgpu.barrier_wait(k_free.at[slot])
+                    plgpu.barrier_wait(v_free.at[slot])
+
+                plgpu.copy_gmem_to_smem(k.at[b, kv_head, at], k_sm.at[slot], k_full.at[slot])
+                plgpu.copy_gmem_to_smem(v.at[b, kv_head, :, at], v_sm.at[slot], v_full.at[slot])
+
+            return done + span.last - span.first
+
+        @pl.when(wg < TEAM.size)
+        def compute():
+            plgpu.set_max_registers(TEAM.registers, action="increase")
+            zero_sm.at[wg][...] = full((block_q,), 0.0, layout=ROW)
+            fetch_query(jnp.int32(0))
+            pl.when(wg == 1)(take_turns)
+            if turns_to_exponentiate:
+                plgpu.barrier_arrive(turn)
+            lax.fori_loop(0, items, attend, jnp.int32(0))
+            if turns_to_exponentiate:
+                plgpu.barrier_wait(turn)
+            pl.when(wg == 0)(take_turns)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg == TEAM.size)
         def copy():
             plgpu.set_max_registers(40, action="decrease")
-
-            def fetch(step, slot):
-                at = pl.ds(step * block_kv, block_kv)
-                plgpu.copy_gmem_to_smem(k.at[b, kv_head, at], k_sm.at[slot], k_full.at[slot])
-                plgpu.copy_gmem_to_smem(v.at[b, kv_head, :, at], v_sm.at[slot], v_full.at[slot])
-
-            for i in range(stages):
-                pl.when(span.first + i < span.last)(lambda i=i: fetch(span.first + i, i))
-
-            @pl.loop(span.first + stages, span.last)
-            def _(step):
-                slot = slot_of(step)
-                plgpu.barrier_wait(k_free.at[slot])
-                plgpu.barrier_wait(v_free.at[slot])
-                fetch(step, slot)
+            lax.fori_loop(0, items, supply, jnp.int32(0))
 
     def sage_attention_forward(*refs):
         two = TEAM.size
@@ -266,9 +313,7 @@ def forward(
                 tile((stages, block_kv, head_dim), jnp.int8),
                 tile((stages, head_dim, block_kv), jnp.int8),
                 tile((two, block_q, head_dim), problem.dtype),
-                plgpu.SMEM((two, block_q), jnp.float32),
-                plgpu.SMEM((two, block_q), jnp.float32),
-                plgpu.SMEM((two, block_q), jnp.float32),
+                *(plgpu.SMEM((two, block_q), jnp.float32),) * 4,
             ),
             (
                 plgpu.Barrier(num_barriers=stages),
@@ -288,8 +333,8 @@ def forward(
             statistics,
             statistics,
         ),
-        grid=(problem.batch, problem.heads, TEAM.blocks(problem.queries)),
-        grid_names=("batch", "heads", "block"),
+        grid=(schedule.workers,),
+        grid_names=("worker",),
         num_threads=TEAM.size + 1,
         thread_name="wg",
         compiler_params=COMPILER_PARAMS,

@@ -156,11 +156,14 @@ class Problem:
         """Whether it depends on a query which keys it sees."""
         return self.left is not None or self.right is not None or self.segmented
 
+    @property
+    def later_see_more(self) -> bool:
+        """Whether later queries see more keys."""
+        return self.right is not None and self.left is None
+
     def longest_first(self, index: jax.Array, count: int) -> jax.Array:
         """Reverses the order of blocks of queries where later ones see more keys."""
-        if self.right is None or self.left is not None:
-            return index
-        return count - 1 - index
+        return count - 1 - index if self.later_see_more else index
 
     def keys_seen(
         self,

@@ -1,7 +1,7 @@
 """The quantization kernel for Hopper: INT8 codes of tiles, as they are, transposed, or both.
 
-One launch quantizes several tensors, 256 tokens of a head at a time: every processor takes its
-share of them and has the next ones copied to it meanwhile. Each warpgroup owns 64 tokens. Those
+One launch quantizes several tensors, 256 tokens of a head at a time: every block of threads takes
+its share of them and has the next ones copied to it meanwhile. Each warpgroup owns 64 tokens. Those
 that share a scale find their largest entry, meet, round, and write. So every number is read from
 global memory once, and the transposed and permuted copy that 8-bit products need on their right
 costs no pass of its own.
@@ -23,11 +23,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.mosaic.products import COLUMN, WGMMA, columns, tile
 from kernels_pallas.mosaic.tiles import largest_of_tile, round_to_codes, store_transposed
+from kernels_pallas.sage_attention import schedule
 from kernels_pallas.sage_attention.problem import COMPILER_PARAMS, ROWS, SHARED_MEMORY, TILE
 
 _TINY = float(jnp.finfo(jnp.float32).tiny)
-# Of an H100 or H200. On a GPU with another number of them the work is shared less evenly.
-_PROCESSORS = 132
 
 
 class Task(NamedTuple):
@@ -85,7 +84,7 @@ def quantize_tiles(tasks: Sequence[Task], *, interpret: bool) -> list[Codes]:
     inputs, outputs = [_inputs(task) for task in tasks], [_outputs(task) for task in tasks]
     shares = [_share(task, rows) for task in tasks]  # batch, heads, parts of a head
     ends = list(itertools.accumulate(batch * heads * parts for batch, heads, parts in shares))
-    starts, processors = [0, *ends[:-1]], min(ends[-1], _PROCESSORS * memory.residents)
+    starts, workers = [0, *ends[:-1]], min(ends[-1], schedule.processors() * memory.residents)
 
     def kernel(refs, memory_sm, barriers):
         refs = iter(refs)
@@ -93,7 +92,7 @@ def quantize_tiles(tasks: Sequence[Task], *, interpret: bool) -> list[Codes]:
         of_outputs = [{name: next(refs) for name in shapes} for shapes in outputs]
         x_sm, other_sm, plain_sm, transposed_sm, products_sm, scratch, largest_sm = memory_sm
         arrived, met = barriers
-        wg, me = lax.axis_index("wg"), lax.axis_index("processor")
+        wg, me = lax.axis_index("wg"), lax.axis_index("worker")
         own = pl.ds(wg * ROWS, ROWS)
 
         def meet():
@@ -177,15 +176,15 @@ def quantize_tiles(tasks: Sequence[Task], *, interpret: bool) -> list[Codes]:
             def _():
                 outputs["scale"][b, h, lax.div(there, jnp.int32(task.block))] = scale
 
-        mine = lax.div(ends[-1] - 1 - me, jnp.int32(processors)) + 1
+        mine = lax.div(ends[-1] - 1 - me, jnp.int32(workers)) + 1
         for i in range(stages):
-            pl.when((wg == 0) & (i < mine))(lambda i=i: fetch(me + i * processors, i))
+            pl.when((wg == 0) & (i < mine))(lambda i=i: fetch(me + i * workers, i))
 
         @pl.loop(0, mine)
         def _(step):
-            job, slot = me + step * processors, lax.rem(step, jnp.int32(stages))
+            job, slot = me + step * workers, lax.rem(step, jnp.int32(stages))
             for_task_of(job, functools.partial(quantize, slot))
-            following = job + stages * processors
+            following = job + stages * workers
             pl.when((wg == 0) & (step + stages < mine))(lambda: fetch(following, slot))
 
         plgpu.wait_smem_to_gmem(0)
@@ -206,8 +205,8 @@ def quantize_tiles(tasks: Sequence[Task], *, interpret: bool) -> list[Codes]:
         plgpu.kernel(
             sage_attention_quantize,
             out_type=tuple(shape for shapes in outputs for shape in shapes.values()),
-            grid=(processors,),
-            grid_names=("processor",),
+            grid=(workers,),
+            grid_names=("worker",),
             num_threads=rows // ROWS,
             thread_name="wg",
             compiler_params=COMPILER_PARAMS,

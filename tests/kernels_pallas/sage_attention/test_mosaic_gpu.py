@@ -12,9 +12,10 @@ import pytest
 
 from kernels_pallas import explain, sage_attention
 from kernels_pallas.mosaic import interpreted
-from kernels_pallas.sage_attention import mosaic_gpu, reference, segments, vjp
+from kernels_pallas.sage_attention import mosaic_gpu, reference, schedule, segments, vjp
 from kernels_pallas.sage_attention.masking import Masking, Structure
 from kernels_pallas.sage_attention.problem import Limits, Problem
+from kernels_pallas.sage_attention.schedule import Schedule
 from tests.conformance.attention import AttentionConformance, draw
 from tests.conformance.exact_attention import allowed_pairs, relative_l2
 
@@ -176,8 +177,9 @@ class TestInterpreted:
         assert abs(traced[0] - slope) <= 0.1 * abs(slope) + 0.05 * np.sqrt(query.size)
 
     @pytest.mark.parametrize("is_causal", [False, True])
-    def test_no_races(self, is_causal):
-        """Long enough for every slot of shared memory to be used again; a race would raise."""
+    def test_no_races(self, monkeypatch, is_causal):
+        """Long enough for all of shared memory to be used again; a race would raise."""
+        monkeypatch.setattr(schedule, "processors", lambda: 2)
         inputs = draw(11, queries=800, keys=1300, heads=1, kv_heads=1)
         attend = functools.partial(sage_attention, implementation="mosaic_gpu", is_causal=is_causal)
         with interpreted():
@@ -292,6 +294,30 @@ def draw_case(choose, lengths, heads=2):
         key_bias=choose([0.0, 8.0]),
     )
     return inputs, options
+
+
+class TestSchedule:
+    @pytest.mark.parametrize("window", [{}, {"right": 0}, {"left": 9, "right": 0}], ids=str)
+    @pytest.mark.parametrize("ragged_keys", [True, False])
+    @pytest.mark.parametrize(("processors", "blocks"), [(132, 3), (4, 3), (4, 4), (5, 7), (1, 2)])
+    def test_each_block_has_one_worker(self, monkeypatch, processors, blocks, ragged_keys, window):
+        monkeypatch.setattr(schedule, "processors", lambda: processors)
+        problem = Problem(
+            batch=2, queries=500, keys=500, heads=3, kv_heads=1, head_dim=64, dtype=jnp.float32,
+            scale=1.0, ragged_keys=ragged_keys, **window,
+        )  # fmt: skip
+        dealt = Schedule.of(problem, blocks)
+        assert dealt.workers == (6 * blocks if ragged_keys else min(processors, 6 * blocks))
+        shares = [
+            [tuple(map(int, dealt.place(jnp.int32(item), jnp.int32(worker)))) for item in range(n)]
+            for worker in range(dealt.workers)
+            for n in (int(dealt.rounds(jnp.int32(worker))),)
+        ]
+        assert sorted(place for share in shares for place in share) == [
+            (b, h, block) for b in range(2) for h in range(3) for block in range(blocks)
+        ]
+        work = [sum(1 + block if dealt.longest_first else 1 for *_, block in x) for x in shares]
+        assert max(work) - min(work) <= (blocks if dealt.longest_first else 1)
 
 
 class TestSpans:

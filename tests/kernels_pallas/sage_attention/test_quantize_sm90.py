@@ -7,7 +7,7 @@ import pytest
 
 from kernels_pallas.mosaic import interpreted
 from kernels_pallas.mosaic.products import permute
-from kernels_pallas.sage_attention import quantize_sm90
+from kernels_pallas.sage_attention import schedule
 from kernels_pallas.sage_attention.quantize import quantize
 from kernels_pallas.sage_attention.quantize_sm90 import Task, quantize_tiles
 
@@ -70,7 +70,7 @@ def check_all(dtype, dim, block, tokens, *, interpret):
 )
 def test_three_tensors_in_one_launch(monkeypatch, dtype, dim, block):
     """On two processors, so that each works through several tiles and uses its memory again."""
-    monkeypatch.setattr(quantize_sm90, "_PROCESSORS", 2)
+    monkeypatch.setattr(schedule, "processors", lambda: 2)
     with interpreted():
         check_all(dtype, dim, block, 304, interpret=True)
 
