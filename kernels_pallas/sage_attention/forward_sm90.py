@@ -268,7 +268,8 @@ def forward(
 
         def supply(item, done):
             """Fetches the keys and values of an item."""
-            b, _, kv_head, _, _, span = place_of(item)
+            place = place_of(item)
+            b, kv_head, span = place.batch, place.kv_head, place.span
 
             @pl.loop(span.first, span.last)
             def _(step):

@@ -103,7 +103,7 @@ def quantize_tiles(tasks: Sequence[Task], *, interpret: bool) -> list[Codes]:
             """Calls the action with a task, its references, and where in it the job is."""
 
             def call(i):
-                (_, heads, parts), index = shares[i], job - starts[i]
+                (heads, parts), index = map(jnp.int32, shares[i][1:]), job - starts[i]
                 part, index = lax.rem(index, parts), lax.div(index, parts)
                 at = lax.div(index, heads), lax.rem(index, heads), part * rows
                 action(tasks[i], of_inputs[i], of_outputs[i], at)

@@ -461,6 +461,16 @@ class TestLowering:
         )
         assert self.lower(attend, *[(2, 200, 4, 64)] * 3).count("mosaic_gpu_v2") == KERNELS
 
+    @pytest.mark.parametrize("name", ["plain", "causal", "window", "lengths", "segments"])
+    def test_x64_mode(self, name):
+        """Where integers have 64 bits unless told otherwise; the interpreter cannot run it."""
+        shapes, options = CASES[name]
+        with jax.enable_x64(True):
+            query, key, value, _ = draw(5, **shapes)
+            attend = functools.partial(sage_attention, **options)
+            text = self.lower(attend, query.shape, key.shape, value.shape)
+        assert text.count("mosaic_gpu_v2") == KERNELS
+
     @pytest.mark.parametrize("spec", [jax.P("data"), jax.P(None, None, "data")], ids=str)
     def test_shard_map_over_batch_or_heads_needs_no_collective(self, spec):
         types = (jax.sharding.AxisType.Auto,)
