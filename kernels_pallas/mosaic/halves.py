@@ -31,6 +31,7 @@ from kernels_pallas.mosaic.registers import (
     tree,
     words_of_rows,
 )
+from kernels_pallas.mosaic.sums import sum_eights
 
 _HALF_MAGIC_BITS = 0x66006600
 _LARGEST_INVERSE = 65504.0
@@ -90,13 +91,13 @@ def largest_of_rows(values: jax.Array, *, interpret: bool) -> jax.Array:
 
 
 def sum_half(values: jax.Array, *, interpret: bool) -> jax.Array:
-    """Sums the rows of a float16 array (64, n), the first eight numbers at a time in float16.
+    """Sums the rows of a float16 array (64, n) as `sum_eights` does; n a multiple of 64.
 
     Returns:
         float32 (64,).
     """
     if interpret:
-        return values.astype(jnp.float32).sum(axis=1)
+        return sum_eights(values.astype(jnp.float32))[:, 0]
 
     @plgpu.inline_mgpu(
         arg_types=(WGMMA,),

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas.mosaic.magic import beside
+from kernels_pallas.mosaic.sums import sum_eights
 from kernels_pallas.sage_attention.masking import (
     Masking,
     Structure,
@@ -164,14 +165,17 @@ def forward(
         if options.half_precision:
             exact = _finite(tile_largest) - _LOG2_127
             shift = beside(exact, s_scale)
-            p_BKGIqs = to_half(jnp.exp2(s_BKGIqs - shift)) * to_half(jnp.exp2(shift - exact))
+            p_BKGIqs, correction = to_half(jnp.exp2(s_BKGIqs - shift)), jnp.exp2(shift - exact)
+            tile_total = sum_eights(p_BKGIqs) * to_half(correction)
+            p_BKGIqs *= to_half(correction)
         else:
             p_BKGIqs = INT8_MAX * exp(s_BKGIqs - _finite(tile_largest))
+            tile_total = jnp.sum(p_BKGIqs, axis=-1, keepdims=True)
         codes = jnp.round(p_BKGIqs).astype(jnp.int8) if options.quantize else p_BKGIqs
         pv = integer_einsum("bkgiqs,bksd->bkgiqd", codes, value_tile.codes)
         tile_weight = exp(tile_largest - _finite(new_largest)) / INT8_MAX
         keep = exp(largest - _finite(new_largest))
-        total = keep * total + tile_weight * jnp.sum(p_BKGIqs, axis=-1, keepdims=True)
+        total = keep * total + tile_weight * tile_total
         out = keep * out + (tile_weight * value_tile.scale[:, :, None, None]) * pv
         return (new_largest, total, out), None
 

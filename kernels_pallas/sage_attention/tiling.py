@@ -30,9 +30,9 @@ class Tiling:
             "vector": one for each query where keys are summed over (dQ) and one for each key where
             queries are (dK, dV), which halves the error of the gradients.
         half_precision: P, dP - D and dS are rounded to the 11 bits of float16 on their way to int8,
-            and so are the inverses of their scales, and what is taken away from the scores before
-            exp as `mosaic.magic.beside` does. The kernels do it, because float16 is twice as fast;
-            a code differs by one now and then.
+            and so are the inverses of their scales, sums of eight P (`mosaic.sums`), and what is
+            taken away from the scores before exp (`mosaic.magic.beside`). The kernels do it,
+            because float16 is twice as fast; a code differs by one now and then.
 
     Raises:
         ValueError: `gradient_block_kv` does not divide `block_kv`.
