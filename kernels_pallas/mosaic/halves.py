@@ -31,7 +31,7 @@ from kernels_pallas.mosaic.registers import (
     tree,
     words_of_rows,
 )
-from kernels_pallas.mosaic.sums import sum_eights
+from kernels_pallas.mosaic.rounding import sum_eights
 
 _HALF_MAGIC_BITS = 0x66006600
 _LARGEST_INVERSE = 65504.0

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels_pallas.mosaic.rounding import to_half
+
 INT8_MAX = 127.0
 
 
@@ -29,11 +31,6 @@ class Quantized(NamedTuple):
 
     codes: jax.Array
     scale: jax.Array
-
-
-def to_half(x: jax.Array) -> jax.Array:
-    """Rounds float32 to the 11 bits of float16, with any exponent."""
-    return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=10)
 
 
 def quantize(

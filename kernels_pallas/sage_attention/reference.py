@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas.mosaic.magic import beside
-from kernels_pallas.mosaic.sums import sum_eights
+from kernels_pallas.mosaic.rounding import sum_eights, to_half
 from kernels_pallas.sage_attention.masking import (
     Masking,
     Structure,
@@ -39,7 +39,6 @@ from kernels_pallas.sage_attention.quantize import (
     integer_einsum,
     quantize,
     subtract_mean,
-    to_half,
 )
 from kernels_pallas.sage_attention.tiling import Tiling, scale_of_scores
 

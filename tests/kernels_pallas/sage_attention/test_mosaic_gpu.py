@@ -310,9 +310,11 @@ class TestSchedule:
         dealt = Schedule.of(problem, blocks)
         assert dealt.workers == (6 * blocks if ragged_keys else min(processors, 6 * blocks))
         shares = [
-            [tuple(map(int, dealt.place(jnp.int32(item), jnp.int32(worker)))) for item in range(n)]
+            [
+                tuple(map(int, dealt.place(jnp.int32(item), jnp.int32(worker))))
+                for item in range(int(dealt.rounds(jnp.int32(worker))))
+            ]
             for worker in range(dealt.workers)
-            for n in (int(dealt.rounds(jnp.int32(worker))),)
         ]
         assert sorted(place for share in shares for place in share) == [
             (b, h, block) for b in range(2) for h in range(3) for block in range(blocks)
