@@ -1,15 +1,17 @@
 """Time the kernels on your device: `python -m kernels_pallas.bench --help`.
 
-Prints forward, and forward with backward, in milliseconds and TOPS, beside exact attention in
-bfloat16 (cuDNN on a GPU) in the same process, with everything that a call does: smoothing,
-quantization, transposes. Operations are counted 4 * batch * heads * queries * keys * head_dim
-forward, half of it with a causal mask, and 2.5 times that for the backward pass.
+Prints forward, backward and both in milliseconds and TOPS, beside exact attention in bfloat16
+(cuDNN on a GPU, and tokamax where it is installed) in the same process, with everything that a call
+does: smoothing, quantization, transposes. Operations are counted 4 * batch * heads * queries *
+keys * head_dim forward, half of it with a causal mask, and 2.5 times that for the backward pass.
 """
 
 import argparse
 import dataclasses
 import datetime
 import functools
+import importlib
+import importlib.util
 import itertools
 import json
 import statistics
@@ -43,7 +45,7 @@ class Shape:
         """Multiplications and additions of a pass."""
         forward = 4.0 * self.batch * self.heads * self.tokens**2 * self.head_dim
         forward *= 0.5 if self.causal else 1.0
-        return forward * {"forward": 1.0, "forward_backward": 3.5}[name]
+        return forward * {"forward": 1.0, "backward": 2.5, "forward_backward": 3.5}[name]
 
 
 def milliseconds(function: Callable[..., Any], *arguments: Any, runs: int) -> float:
@@ -79,17 +81,32 @@ def repeat(function: Callable[..., Any], runs: int, first: jax.Array, *rest: jax
     return lax.fori_loop(0, runs, call, (first, jnp.zeros((), first.dtype)))[1]
 
 
-def passes(attend: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
-    """The compiled programs that are timed."""
+def time_passes(
+    attend: Callable[..., Any], inputs: Sequence[jax.Array], runs: int
+) -> dict[str, float]:
+    """Milliseconds of the forward pass, the backward pass, and both."""
+    *operands, d_out = inputs
+    pullback = jax.jit(lambda *operands: jax.vjp(attend, *operands)[1])(*operands)
+    saved, structure = jax.tree.flatten(pullback)
 
-    def forward_backward(query, key, value, d_out):
-        out, pullback = jax.vjp(attend, query, key, value)
-        return out, pullback(d_out)
+    def backward(d_out, *saved):
+        return jax.tree.unflatten(structure, saved)(d_out)
 
     return {
-        "forward": jax.jit(lambda query, key, value, d_out: attend(query, key, value)),
-        "forward_backward": jax.jit(forward_backward),
+        "forward": milliseconds(attend, *operands, runs=runs),
+        "backward": milliseconds(backward, d_out, *saved, runs=runs),
+        "forward_backward": milliseconds(
+            functools.partial(both_passes, attend), *inputs, runs=runs
+        ),
     }
+
+
+def both_passes(
+    attend: Callable[..., Any], query: jax.Array, key: jax.Array, value: jax.Array, d_out: jax.Array
+) -> Any:
+    """The output and all gradients."""
+    out, pullback = jax.vjp(attend, query, key, value)
+    return out, pullback(d_out)
 
 
 def draw_inputs(size: tuple[int, int, int, int]) -> list[jax.Array]:
@@ -99,36 +116,48 @@ def draw_inputs(size: tuple[int, int, int, int]) -> list[jax.Array]:
     return [jax.random.normal(key, size).astype(jnp.bfloat16) for key in keys]
 
 
+def exact_attention(shape: Shape) -> dict[str, Callable[..., jax.Array]]:
+    """What is timed beside ours, named after its field in the records."""
+    on_gpu = jax.devices()[0].platform == "gpu"
+    theirs = {
+        "cudnn_ms" if on_gpu else "exact_ms": functools.partial(
+            jax.nn.dot_product_attention, implementation="cudnn" if on_gpu else "xla"
+        )
+    }
+    if on_gpu and importlib.util.find_spec("tokamax"):
+        tokamax = importlib.import_module("tokamax")
+        theirs["tokamax_ms"] = functools.partial(
+            tokamax.dot_product_attention, implementation="mosaic"
+        )
+    return {name: functools.partial(f, is_causal=shape.causal) for name, f in theirs.items()}
+
+
 def measure(shape: Shape, implementation: Any, runs: int) -> list[dict[str, Any]]:
     """Times one shape and returns a record for each pass."""
     inputs = draw_inputs((shape.batch, shape.tokens, shape.heads, shape.head_dim))
-    on_gpu = jax.devices()[0].platform == "gpu"
-    exact = functools.partial(
-        jax.nn.dot_product_attention,
-        is_causal=shape.causal,
-        implementation="cudnn" if on_gpu else "xla",
-    )
     ours = functools.partial(sage_attention, is_causal=shape.causal, implementation=implementation)
-    records = []
-    for (name, mine), theirs in zip(passes(ours).items(), passes(exact).values(), strict=True):
-        with jax.numpy_dtype_promotion("standard"):  # jax.nn relies on it for 16 bits
-            ms, exact_ms = (milliseconds(f, *inputs, runs=runs) for f in (mine, theirs))
-        records.append(
-            {
-                "op": "sage_attention",
-                "pass": name,
-                **dataclasses.asdict(shape),
-                "ms": round(ms, 3),
-                "cudnn_ms" if on_gpu else "exact_ms": round(exact_ms, 3),
-                "ratio": round(exact_ms / ms, 3),
-                "tops": float(f"{shape.operations(name) / ms / 1e9:.4g}"),
-                "device": jax.devices()[0].device_kind,
-                "jax": jax.__version__,
-                "commit": _commit(),
-                "date": datetime.date.today().isoformat(),
-            }
-        )
-    return records
+    with jax.numpy_dtype_promotion("standard"):  # jax.nn relies on it for 16 bits
+        ms = time_passes(ours, inputs, runs)
+        theirs = {
+            name: time_passes(attend, inputs, runs)
+            for name, attend in exact_attention(shape).items()
+        }
+    return [
+        {
+            "op": "sage_attention",
+            "pass": name,
+            **dataclasses.asdict(shape),
+            "ms": round(ms[name], 3),
+            **{field: round(times[name], 3) for field, times in theirs.items()},
+            "ratio": round(next(iter(theirs.values()))[name] / ms[name], 3),
+            "tops": float(f"{shape.operations(name) / ms[name] / 1e9:.4g}"),
+            "device": jax.devices()[0].device_kind,
+            "jax": jax.__version__,
+            "commit": _commit(),
+            "date": datetime.date.today().isoformat(),
+        }
+        for name in ms
+    ]
 
 
 def _commit() -> str | None:
@@ -143,6 +172,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     """The records as lines of text."""
     lines = [
         f"{'shape':>22} {'mask':>7} {'pass':>17} {'ms':>9} {'exact':>9} {'ratio':>6} {'TOPS':>7}"
+        f"{' tokamax':>10}"
     ]
     for record in records:
         shape = ", ".join(str(record[name]) for name in ("batch", "tokens", "heads", "head_dim"))
@@ -150,12 +180,13 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         lines.append(
             f"{shape:>22} {'causal' if record['causal'] else 'full':>7} {record['pass']:>17} "
             f"{record['ms']:9.3f} {exact:9.3f} {record['ratio']:6.2f} {record['tops']:7.1f}"
+            + (f" {record['tokamax_ms']:9.3f}" if "tokamax_ms" in record else "")
         )
     return "\n".join(lines)
 
 
 def markdown(records: Sequence[dict[str, Any]]) -> str:
-    """The records as a table for a document: a line for each shape, both passes side by side."""
+    """The records as a table for a document: a line a shape, forward and both passes beside."""
     lines = [
         "| batch, tokens, heads, head_dim | mask | forward | cuDNN | ratio | both passes | cuDNN "
         "| ratio |",
@@ -180,7 +211,7 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
     import matplotlib.figure
 
     names = list(dict.fromkeys(record["pass"] for record in records))
-    figure = matplotlib.figure.Figure(figsize=(5 * len(names), 3.6), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(5 * len(names), 4.2), layout="constrained")
     panels = figure.subplots(1, len(names), squeeze=False)[0]
     for name, axes in zip(names, panels, strict=True):
         lines: dict[tuple[int, int, bool], list[dict[str, Any]]] = {}
@@ -198,7 +229,9 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.set(xlabel="tokens", ylabel="TOPS", title=name.replace("_", " + "))
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small", title="dotted: exact")
+    labels = panels[0].get_legend_handles_labels()
+    title = "dotted: exact, in bfloat16"
+    figure.legend(*labels, loc="outside lower center", ncols=4, fontsize="small", title=title)
     figure.savefig(path, dpi=120)
 
 
@@ -212,7 +245,7 @@ def _measure_all(options: argparse.Namespace) -> list[dict[str, Any]]:
     for tokens, head_dim, causal in itertools.product(options.tokens, options.head_dim, masks):
         shape = Shape(options.batch, tokens, options.heads, head_dim, causal)
         records += measure(shape, options.implementation, options.runs)
-        print(table(records[-2:]).split("\n", 1)[1], file=sys.stderr)
+        print(table(records[-3:]).split("\n", 1)[1], file=sys.stderr)
         if options.json:
             options.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     return records

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import explain, sage_attention
-from kernels_pallas.bench import draw_inputs, milliseconds, passes
+from kernels_pallas.bench import both_passes, draw_inputs, milliseconds
 from kernels_pallas.sage_attention.tuning import Tuning, file_for, using
 
 
@@ -24,7 +24,7 @@ def measure(tuning: Tuning, size: tuple[int, int, int, int], runs: int) -> float
     """Milliseconds of forward with backward at (batch, tokens, heads, head_dim), no mask."""
     attend = functools.partial(sage_attention, implementation="mosaic_gpu")
     with using(tuning):
-        return milliseconds(passes(attend)["forward_backward"], *draw_inputs(size), runs=runs)
+        return milliseconds(functools.partial(both_passes, attend), *draw_inputs(size), runs=runs)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

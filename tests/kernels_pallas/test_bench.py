@@ -19,8 +19,10 @@ def test_writes_records_table_and_plot(tmp_path, capsys):
     records = json.loads((tmp_path / "x.json").read_text())
     assert [(r["tokens"], r["pass"]) for r in records] == [
         (64, "forward"),
+        (64, "backward"),
         (64, "forward_backward"),
         (128, "forward"),
+        (128, "backward"),
         (128, "forward_backward"),
     ]
     for record in records:
@@ -29,7 +31,7 @@ def test_writes_records_table_and_plot(tmp_path, capsys):
     Image.open(tmp_path / "x.png").verify()
     printed = capsys.readouterr()
     assert "sage_attention runs as 'xla', not as 'mosaic_gpu'" in printed.err
-    assert printed.out.count("causal") == 4
+    assert printed.out.count("causal") == 6
 
 
 def test_documents_show_the_records():
