@@ -24,6 +24,7 @@ from kernels_pallas.sage_attention.reference import EMPTY_LOGSUMEXP
 from kernels_pallas.sage_attention.segments import Segments, describe, match, reached
 from kernels_pallas.sage_attention.tiling import Tiling
 from kernels_pallas.sage_attention.tuning import Tuning
+from kernels_pallas.varying import varying_like
 
 _LARGEST_HEAD_DIM = 128
 _LN2 = math.log(2.0)
@@ -169,7 +170,7 @@ def _forward(options, differentiated, query, key, value, lengths, ids):
         lengths,
         segments,
     )
-    out, largest, total = _varying_like(value, results)
+    out, largest, total = varying_like(value, results)
     inside = _inside(largest.shape[2], lengths[0])[:, None]
     sees = inside & (total > 0)
     logsumexp = jnp.where(sees, largest + jnp.log2(jnp.where(sees, total, 1.0)), 1e30)
@@ -254,7 +255,7 @@ def _backward(options, shapes, residuals, d_out, d_logsumexp):
         segments=x.segments,
     )
     query_stages, key_stages = (_stages(options, size) for size in _backward_bytes(problem))
-    gradients = _varying_like(
+    gradients = varying_like(
         d_out,
         (
             backward_sm90.query_gradient(problem, operands, stages=query_stages),
@@ -293,17 +294,6 @@ def _score_gradient_bound(problem: Problem, square, value_scale, delta) -> jax.A
     exponent = jnp.frexp(jnp.where((bound > 0) & (bound < jnp.inf), bound, 1.0))[1]
     exponent = jnp.clip(exponent, -100, 100) - backward_sm90.DP_EXPONENT
     return jnp.ldexp(jnp.float32(1.0), exponent)
-
-
-def _varying_like(operand: jax.Array, results: Any) -> Any:
-    """Inside `jax.shard_map`, says that results differ between devices as an operand does."""
-    axes = jax.typeof(operand).manual_axis_type.varying
-
-    def cast(x):
-        missing = tuple(axes - jax.typeof(x).manual_axis_type.varying)
-        return lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(cast, results)
 
 
 def _over_batches(function):
@@ -417,7 +407,7 @@ def _quantize(options: Options, *tasks: Task) -> Sequence[Codes]:
         chosen = [i for i, task in enumerate(tasks) if task.x.dtype == dtype]
         found = quantize_tiles([pad(tasks[i]) for i in chosen], interpret=options.interpret)
         for i, result in zip(chosen, found, strict=True):
-            codes[i] = _varying_like(tasks[i].x, result)
+            codes[i] = varying_like(tasks[i].x, result)
     return codes
 
 

@@ -41,6 +41,7 @@ from kernels_pallas.sage_attention.quantize import (
     subtract_mean,
 )
 from kernels_pallas.sage_attention.tiling import Tiling, scale_of_scores
+from kernels_pallas.varying import varying_like
 
 # What a query that attends to nothing reports as its log-sum-exp: finite, as in jax.nn.
 EMPTY_LOGSUMEXP = -0.7 * float(jnp.finfo(jnp.float32).max)
@@ -180,6 +181,7 @@ def forward(
 
     f32, rows = jnp.float32, (*query.shape[:-1], 1)
     start = (jnp.full(rows, -jnp.inf, f32), jnp.zeros(rows, f32), jnp.zeros(query.shape, f32))
+    start = varying_like((query, key, value, bias, masking), start)
     tiles = (layout.key_starts, quantized_key, quantized_value)
     (largest, total, out), _ = lax.scan(visit, start, tiles)
 
@@ -278,7 +280,7 @@ def backward(
 
     # The log-sum-exp of unsmoothed keys is that of smoothed ones plus scale · q · mean(K).
     d_query = options.scale * d_lse * residuals.key_mean[0, :, :, None, None]
-    d_query = jnp.broadcast_to(d_query, d_out.shape)
+    d_query = varying_like((residuals, d_out), jnp.broadcast_to(d_query, d_out.shape))
     tiles = (
         jnp.arange(0, layout.padded_keys, block, dtype=jnp.int32),
         jax.tree.map(lambda x: _split_tiles(x, options.block_kv // block), residuals.key),

@@ -13,9 +13,12 @@ from kernels_pallas.sage_attention import vjp
 KEEP = jax.checkpoint_policies.save_only_these_names(vjp.RESIDUALS)
 
 
-def model(implementation, policy):
+def model(implementation, policy, mesh=None):
     """The loss of residual attention layers that denoise a sequence."""
     attend = functools.partial(sage_attention, is_causal=True, implementation=implementation)
+    if mesh is not None:
+        split = jax.P("data")
+        attend = jax.shard_map(attend, mesh=mesh, in_specs=split, out_specs=split)
 
     def layer(x, weights):
         normal = x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)
@@ -30,14 +33,18 @@ def model(implementation, policy):
     return loss
 
 
-def losses(implementation, *, layers, policy, tokens=1024, width=256, steps=10):
-    """Trains; returns the loss of every step."""
+def losses(implementation, *, layers, policy, mesh=None, tokens=1024, width=256, steps=10):
+    """Trains; returns the loss of every step. A mesh splits the batch."""
     rng = np.random.default_rng(0)
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
     target = normal(2, tokens, width).cumsum(axis=1) / np.sqrt(tokens)
     x, weights = target + 0.5 * normal(*target.shape), normal(layers, 4, width, width) / width**0.5
     weights = weights.at[:, 3].divide(layers)
-    step = jax.jit(jax.value_and_grad(model(implementation, policy)))
+    if mesh is not None:
+        everywhere, split = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in ((), ("data",)))
+        x, target = jax.device_put((x, target), split)
+        weights = jax.device_put(weights, everywhere)
+    step = jax.jit(jax.value_and_grad(model(implementation, policy, mesh)))
     found = []
     for _ in range(steps):
         value, gradient = step(weights, x, target)
@@ -64,6 +71,30 @@ def test_losses_are_those_of_the_reference(layers, policy):
     kernels = losses("mosaic_gpu", layers=layers, policy=policy)
     assert kernels[-1] < kernels[0]
     reference = losses("xla", layers=layers, policy=policy)
+    np.testing.assert_allclose(kernels, reference, rtol=5e-3)
+
+
+def _two_devices():
+    if len(jax.devices()) < 2:
+        pytest.skip("needs two devices")
+    return jax.make_mesh((2,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+
+
+def test_reference_trains_alike_on_two_devices():
+    """On the CPU, with fake devices; the kernels do so in the next test, on two GPUs."""
+    arguments = {"layers": 2, "policy": KEEP, "tokens": 128, "width": 128, "steps": 3}
+    two = losses("xla", mesh=_two_devices(), **arguments)
+    np.testing.assert_allclose(two, losses("xla", **arguments), rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layers", [1, 12])
+def test_losses_on_two_gpus_are_those_of_the_reference_on_one(layers):
+    kernels = losses("mosaic_gpu", layers=layers, policy=KEEP, mesh=_two_devices())
+    one = losses("mosaic_gpu", layers=layers, policy=KEEP)
+    np.testing.assert_allclose(kernels, one, rtol=1e-4)
+    reference = losses("xla", layers=layers, policy=KEEP)
+    print(f"{layers} layers: two GPUs {kernels}, one {one}, reference {reference}")
     np.testing.assert_allclose(kernels, reference, rtol=5e-3)
 
 
