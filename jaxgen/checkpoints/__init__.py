@@ -15,3 +15,10 @@ from jaxgen.checkpoints.safetensors_files import load_safetensors as load_safete
 from jaxgen.checkpoints.safetensors_files import read_safetensors_header as read_safetensors_header
 from jaxgen.checkpoints.safetensors_files import save_safetensors as save_safetensors
 from jaxgen.checkpoints.safetensors_format import Header as Header
+from jaxgen.checkpoints.wan import export_wan as export_wan
+from jaxgen.checkpoints.wan import load_wan as load_wan
+from jaxgen.checkpoints.wan import load_wan_folder as load_wan_folder
+from jaxgen.checkpoints.wan import save_wan_folder as save_wan_folder
+from jaxgen.checkpoints.wan import wan_config_from_json as wan_config_from_json
+from jaxgen.checkpoints.wan import wan_config_to_json as wan_config_to_json
+from jaxgen.checkpoints.wan import wan_shapes as wan_shapes
