@@ -3,8 +3,7 @@
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +11,15 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
+from kernels_pallas import dispatch
+from kernels_pallas.dispatch import Implementation
 from kernels_pallas.mosaic import interpreting
 from kernels_pallas.sage_attention import reference, vjp
 from kernels_pallas.sage_attention.masking import Masking, Structure
 from kernels_pallas.sage_attention.tiling import Tiling
 from kernels_pallas.sage_attention.tuning import tuning_for
 
-type Implementation = Literal["mosaic_gpu", "xla"]
+type ImplementationName = Literal["mosaic_gpu", "xla"]
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -78,7 +79,7 @@ def _mosaic_gpu(call: _Call):
         return_logsumexp=call.return_residual,
         tiling=mosaic_gpu.tiling_for(call.key.shape[1]),
         interpret=interpreting(),
-        tuning=tuning_for(_device(query).device_kind, query.shape[-1]),
+        tuning=tuning_for(dispatch.device_of(query).device_kind, query.shape[-1]),
     )
     arrays = query, call.key, call.value, None, call.masking
     return vjp.attention(mosaic_gpu, options, *arrays)
@@ -91,50 +92,15 @@ def _unsupported_mosaic_gpu(call: _Call) -> str | None:
         call.query.shape[-1],
         has_bias=call.bias is not None,
         has_mask=call.masking.mask is not None,
-        device=None if interpreting() else _device(call.query),
+        device=None if interpreting() else dispatch.device_of(call.query),
     )
-
-
-def _device(array: jax.Array) -> Any:
-    """Where a call runs: with its operands, or where JAX puts what is traced."""
-    if not isinstance(array, Tracer) and isinstance(array, jax.Array):
-        return min(array.devices(), key=lambda device: device.id)
-    default = jax.config.jax_default_device
-    if isinstance(default, jax.Device):
-        return default
-    return jax.local_devices(backend=default)[0]
-
-
-class _Implementation(NamedTuple):
-    """How to run a call, and why it cannot be run so (None if it can)."""
-
-    run: Callable[[_Call], tuple[jax.Array, jax.Array | None]]
-    unsupported: Callable[[_Call], str | None]
 
 
 # In order of preference for `implementation=None`.
 _IMPLEMENTATIONS = {
-    "mosaic_gpu": _Implementation(_mosaic_gpu, _unsupported_mosaic_gpu),
-    "xla": _Implementation(_xla, lambda call: None),
+    "mosaic_gpu": Implementation(_mosaic_gpu, _unsupported_mosaic_gpu),
+    "xla": Implementation(_xla, lambda call: None),
 }
-
-
-def _choose(call: _Call, implementation: str | None) -> tuple[str, dict[str, str]]:
-    """Returns the implementation that runs a call, and why those before it do not."""
-    if implementation is None:
-        candidates = list(_IMPLEMENTATIONS)
-    elif isinstance(implementation, str) and implementation in _IMPLEMENTATIONS:
-        candidates = [implementation]
-    else:
-        allowed = ", ".join(map(repr, _IMPLEMENTATIONS))
-        raise ValueError(f"implementation must be None or one of {allowed}, got {implementation!r}")
-    reasons: dict[str, str] = {}
-    for name in candidates:
-        reason = _IMPLEMENTATIONS[name].unsupported(call)
-        if reason is None:
-            return name, reasons
-        reasons[name] = reason
-    raise NotImplementedError(f"implementation={implementation!r} cannot run this: {reason}")
 
 
 def sage_attention(
@@ -151,7 +117,7 @@ def sage_attention(
     local_window_size: int | tuple[int, int] | None = None,
     query_segment_ids: Int[ArrayLike, "*batch queries"] | None = None,
     key_value_segment_ids: Int[ArrayLike, "*batch keys"] | None = None,
-    implementation: Implementation | None = None,
+    implementation: ImplementationName | None = None,
     return_residual: bool = False,
     smooth_values: bool = False,
     **flax_options: Any,
@@ -224,7 +190,7 @@ def sage_attention(
         smooth_values=smooth_values,
         flax_options=flax_options,
     )
-    chosen, _ = _choose(call, implementation)
+    chosen, _ = dispatch.choose(_IMPLEMENTATIONS, call, implementation)
     out, logsumexp = _IMPLEMENTATIONS[chosen].run(call)
     out = out.astype(call.value.dtype).reshape(*batch_shape, *out.shape[1:])
     if return_residual:
@@ -240,7 +206,7 @@ def explain(
     bias: Any = None,
     mask: Any = None,
     *,
-    implementation: Implementation | None = None,
+    implementation: ImplementationName | None = None,
     **options: Any,
 ) -> str:
     """Says which implementation a call of `sage_attention` takes, and why not a preferred one.
@@ -271,12 +237,11 @@ def explain(
 
     def choose(*arrays):
         call, _ = _canonical(*arrays, **known, flax_options=flax_options)
-        found.append(_choose(call, implementation))
+        found.append(dispatch.choose(_IMPLEMENTATIONS, call, implementation))
 
     jax.eval_shape(choose, query, key, value, bias, mask)
     ((chosen, reasons),) = found
-    refusals = [f", not as {name!r}: {reason}" for name, reason in reasons.items()]
-    return f"sage_attention runs as {chosen!r}" + "".join(refusals)
+    return dispatch.describe("sage_attention", chosen, reasons)
 
 
 def _canonical(

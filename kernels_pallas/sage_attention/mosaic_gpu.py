@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels_pallas.dispatch import not_hopper
 from kernels_pallas.sage_attention import backward_sm90, forward_sm90
 from kernels_pallas.sage_attention.masking import Masking, Structure
 from kernels_pallas.sage_attention.pipeline import team_for
@@ -67,17 +68,8 @@ def unsupported(head_dim: int, *, has_bias: bool, has_mask: bool, device: Any) -
         has_mask: whether a mask is given.
         device: where the call runs; None in the interpreter.
     """
-    if device is not None:
-        if device.platform not in ("gpu", "cuda"):
-            return (
-                f"it needs an NVIDIA H100 or H200, this is {device.device_kind} ({device.platform})"
-            )
-        capability = getattr(device, "compute_capability", "unknown")
-        if capability != "9.0":
-            return (
-                "it needs compute capability 9.0 (H100, H200), "
-                f"{device.device_kind} has {capability}"
-            )
+    if device is not None and (reason := not_hopper(device)):
+        return reason
     flags = {"bias": has_bias, "mask": has_mask}
     given = " and ".join(name for name, on in flags.items() if on)
     if given:

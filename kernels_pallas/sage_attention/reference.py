@@ -25,20 +25,20 @@ from jax import lax
 
 from kernels_pallas.mosaic.magic import beside
 from kernels_pallas.mosaic.rounding import sum_eights, to_half
-from kernels_pallas.sage_attention.masking import (
-    Masking,
-    Structure,
-    coverage,
-    tile_of_keys,
-    visible,
-)
-from kernels_pallas.sage_attention.quantize import (
+from kernels_pallas.quantize import (
     INT8_MAX,
     Quantized,
     float_einsum,
     integer_einsum,
     quantize,
     subtract_mean,
+)
+from kernels_pallas.sage_attention.masking import (
+    Masking,
+    Structure,
+    coverage,
+    tile_of_keys,
+    visible,
 )
 from kernels_pallas.sage_attention.tiling import Tiling, scale_of_scores
 from kernels_pallas.varying import varying_like

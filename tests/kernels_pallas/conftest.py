@@ -1,8 +1,8 @@
 """What the tests of the kernels share."""
 
-import sys
-
 import pytest
+
+from kernels_pallas import dispatch
 
 
 class Hopper:
@@ -14,6 +14,5 @@ class Hopper:
 @pytest.fixture
 def hopper(monkeypatch):
     """Calls choose their implementation as they would on an H100, to be lowered, not run."""
-    api = sys.modules["kernels_pallas.sage_attention.api"]
-    monkeypatch.setattr(api, "_device", lambda array: Hopper())
+    monkeypatch.setattr(dispatch, "device_of", lambda array: Hopper())
     return Hopper()

@@ -7,8 +7,8 @@ import pytest
 
 from kernels_pallas.mosaic import interpreted
 from kernels_pallas.mosaic.products import permute
+from kernels_pallas.quantize import quantize
 from kernels_pallas.sage_attention import schedule
-from kernels_pallas.sage_attention.quantize import quantize
 from kernels_pallas.sage_attention.quantize_sm90 import Task, quantize_tiles
 
 

@@ -10,7 +10,7 @@ the scales are one: the surrounding code then computes exact attention by the sa
 separates mistakes in the algorithm from quantization error.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,10 +72,19 @@ def integer_einsum(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def float_einsum(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Multiply in the dtype of the inputs and accumulate in float32."""
+    """Multiply in the dtype of the inputs and accumulate in float32, or float64 if they have it."""
     return jnp.einsum(
-        subscripts, x, y, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+        subscripts,
+        x,
+        y,
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=wide_dtype(x.dtype),
     )
+
+
+def wide_dtype(dtype: Any) -> jnp.dtype:
+    """Returns the dtype in which sums of numbers of a float dtype are made."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def subtract_mean(
