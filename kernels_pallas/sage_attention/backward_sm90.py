@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.mosaic.halves import quantize_half, to_half
+from kernels_pallas.mosaic.pipeline import Kernel, launch
 from kernels_pallas.mosaic.products import (
     COLUMN,
     MAGIC,
@@ -36,8 +37,8 @@ from kernels_pallas.mosaic.products import (
     rows,
     tile,
 )
-from kernels_pallas.sage_attention.pipeline import Kernel, launch, team_for
-from kernels_pallas.sage_attention.problem import ROWS, TILE, Limits, Problem
+from kernels_pallas.mosaic.team import ROWS
+from kernels_pallas.sage_attention.problem import TILE, Limits, Problem, team_for
 from kernels_pallas.sage_attention.segments import Segments
 from kernels_pallas.sage_attention.tiling import scale_of_scores
 
@@ -213,7 +214,6 @@ def query_gradient(problem: Problem, operands: Operands, *, stages: int) -> jax.
 
     here, moving = (team.size, ROWS, head_dim), (stages, TILE, head_dim)
     (result,) = launch(
-        problem,
         operands,
         Kernel(compute, fetch, position, lambda position: position[5].last - position[5].first),
         fixed=(
@@ -230,8 +230,8 @@ def query_gradient(problem: Problem, operands: Operands, *, stages: int) -> jax.
         ),
         stages=stages,
         out_type=[jax.ShapeDtypeStruct(problem.query_shape, problem.dtype)],
-        heads=problem.heads,
-        blocks=team.blocks(problem.queries),
+        team=team,
+        grid=(problem.batch, problem.heads, team.blocks(problem.queries)),
         name="sage_attention_query_gradient",
     )
     return result
@@ -396,7 +396,6 @@ def key_value_gradients(
     staging = () if problem.dtype == operands.value.dtype else (tile(here, problem.dtype),)
     steps = lambda position: (position[4].last - position[4].first) * problem.group
     dk, dv = launch(
-        problem,
         operands,
         Kernel(compute, fetch, position, steps),
         fixed=(tile(here, jnp.int8), tile(here, operands.value.dtype), *staging),
@@ -406,8 +405,8 @@ def key_value_gradients(
         ),
         stages=stages,
         out_type=[jax.ShapeDtypeStruct(problem.key_shape, problem.dtype)] * 2,
-        heads=problem.kv_heads,
-        blocks=team.blocks(problem.keys),
+        team=team,
+        grid=(problem.batch, problem.kv_heads, team.blocks(problem.keys)),
         name="sage_attention_key_value_gradients",
     )
     return dk, dv

@@ -34,15 +34,8 @@ from kernels_pallas.mosaic.products import (
     rows,
     tile,
 )
-from kernels_pallas.sage_attention.problem import (
-    COMPILER_PARAMS,
-    ROWS,
-    TILE,
-    Limits,
-    Problem,
-    Span,
-    Team,
-)
+from kernels_pallas.mosaic.team import COMPILER_PARAMS, ROWS, Team
+from kernels_pallas.sage_attention.problem import TILE, Limits, Problem, Span
 from kernels_pallas.sage_attention.schedule import Schedule
 from kernels_pallas.sage_attention.segments import Segments
 from kernels_pallas.sage_attention.tiling import scale_of_scores

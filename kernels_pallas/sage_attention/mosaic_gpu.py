@@ -11,15 +11,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas.dispatch import not_hopper
+from kernels_pallas.mosaic.team import SHARED_MEMORY
 from kernels_pallas.sage_attention import backward_sm90, forward_sm90
 from kernels_pallas.sage_attention.masking import Masking, Structure
-from kernels_pallas.sage_attention.pipeline import team_for
-from kernels_pallas.sage_attention.problem import (
-    SHARED_MEMORY,
-    TILE,
-    Problem,
-    round_up,
-)
+from kernels_pallas.sage_attention.problem import TILE, Problem, round_up, team_for
 from kernels_pallas.sage_attention.quantize_sm90 import Codes, Task, quantize_tiles
 from kernels_pallas.sage_attention.reference import EMPTY_LOGSUMEXP
 from kernels_pallas.sage_attention.segments import Segments, describe, match, reached

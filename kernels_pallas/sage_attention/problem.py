@@ -13,54 +13,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.mosaic.products import WGMMA, columns, rows, sleep
+from kernels_pallas.mosaic.products import WGMMA, columns, rows
+from kernels_pallas.mosaic.team import ROWS, Team
 from kernels_pallas.sage_attention.segments import CHUNK
-
-ROWS = 64
-"""Rows of a product that a warpgroup owns."""
 
 TILE = 128
 """Queries that share a scale, and tokens that a step of the backward kernels sums over."""
 
 
-SHARED_MEMORY = 227 * 1024
-"""Bytes that a block of threads may have."""
-
-COMPILER_PARAMS = plgpu.CompilerParams(
-    approx_math=True,
-    unsafe_no_auto_barriers=True,  # the interpreter finds no races
-    lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
-)
-"""How the kernels are compiled."""
-
-
-class Team(NamedTuple):
-    """The warpgroups of a block that compute, 64 rows each.
-
-    Attributes:
-        size: how many.
-        registers: how many each thread of them has.
-    """
-
-    size: int
-    registers: int
-
-    @property
-    def rows(self) -> int:
-        """Rows of a block."""
-        return self.size * ROWS
-
-    def blocks(self, tokens: int) -> int:
-        """Blocks for so many rows."""
-        return -(-tokens // self.rows)
-
-    def fan_out(self, warpgroup: jax.Array, nanoseconds: int) -> None:
-        """Lets warpgroups start one after the other, the last one so much after the first."""
-        for i in range(1, self.size):
-            pl.when(warpgroup == i)(lambda i=i: sleep(nanoseconds * i // (self.size - 1)))
+def team_for(head_dim: int) -> Team:
+    """Three warpgroups hide each other's waits better than two, where registers suffice."""
+    return Team(3, 160) if head_dim <= ROWS else Team(2, 240)
 
 
 class Span(NamedTuple):

@@ -22,9 +22,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.mosaic.products import COLUMN, WGMMA, columns, tile
+from kernels_pallas.mosaic.team import COMPILER_PARAMS, ROWS, SHARED_MEMORY
 from kernels_pallas.mosaic.tiles import largest_of_tile, round_to_codes, store_transposed
 from kernels_pallas.sage_attention import schedule
-from kernels_pallas.sage_attention.problem import COMPILER_PARAMS, ROWS, SHARED_MEMORY, TILE
+from kernels_pallas.sage_attention.problem import TILE
 
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 

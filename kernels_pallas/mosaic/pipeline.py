@@ -1,4 +1,4 @@
-"""The frame of the backward kernels: a team of warpgroups computes, one more keeps copies going."""
+"""The frame of most kernels: a team of warpgroups computes, one more keeps copies going."""
 
 # Pallas' decorators are typed more narrowly than they work.
 # pyright: reportCallIssue=false
@@ -12,19 +12,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.sage_attention.problem import COMPILER_PARAMS, ROWS, Problem, Span, Team
-
-
-def team_for(head_dim: int) -> Team:
-    """Three warpgroups hide each other's waits better than two, where registers suffice."""
-    return Team(3, 160) if head_dim <= ROWS else Team(2, 240)
+from kernels_pallas.mosaic.team import COMPILER_PARAMS, Team
 
 
 class Barriers(NamedTuple):
     """The barriers of a kernel.
 
     Attributes:
-        fixed: for each warpgroup, its own two tiles have arrived.
+        fixed: for each warpgroup, its own tiles have arrived.
         arrived: for each group of operands and each slot, they have arrived.
         free: for each group and slot, all warpgroups are done with them.
         stages: number of slots.
@@ -44,12 +39,12 @@ class Barriers(NamedTuple):
         plgpu.barrier_arrive(self.free[group].at[slot])
 
     def fold(
-        self, span: Span, own: Span, visit: Callable[..., Any], carry: Any, step: Any = 0
+        self, span: Any, own: Any, visit: Callable[..., Any], carry: Any, step: Any = 0
     ) -> Any:
         """Folds over tiles of a block that concern this warpgroup; lets the others pass.
 
         Args:
-            span: the tiles of the block.
+            span: the tiles of the block, a `Span`.
             own: those of the warpgroup, within `span`.
             visit: see `Span.fold`.
             carry: what to begin with.
@@ -75,7 +70,7 @@ class Barriers(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """The parts in which the two kernels differ.
+    """The parts in which kernels differ.
 
     Attributes:
         compute: what a computing warpgroup does.
@@ -91,7 +86,6 @@ class Kernel(NamedTuple):
 
 
 def launch(
-    problem: Problem,
     operands: Any,
     kernel: Kernel,
     *,
@@ -99,13 +93,25 @@ def launch(
     moving: Sequence[Sequence[Any]],
     stages: int,
     out_type: Sequence[jax.ShapeDtypeStruct],
-    heads: int,
-    blocks: int,
+    team: Team,
+    grid: tuple[int, int, int],
     name: str,
+    fixed_arrivals: int = 2,
 ) -> Sequence[jax.Array]:
-    """Runs a kernel of a team and one warpgroup that keeps `stages` steps in flight."""
-    team = team_for(problem.head_dim)
+    """Runs a kernel of a team and one warpgroup that keeps `stages` steps in flight.
 
+    Args:
+        operands: what the kernel reads, a pytree of arrays.
+        kernel: what it does.
+        fixed: shared memory that `kernel.compute` fills for itself.
+        moving: shared memory for a step, a group for each barrier, with a leading axis `stages`.
+        stages: steps in flight.
+        out_type: what the kernel writes.
+        team: the warpgroups that compute.
+        grid: sizes of the axes "batch", "heads" and "block".
+        name: what profiles show.
+        fixed_arrivals: copies that a warpgroup makes to `fixed`.
+    """
     arrays, structure = jax.tree.flatten(operands)
 
     def body(*refs):
@@ -146,7 +152,7 @@ def launch(
             scoped,
             tuple(fixed),
             tuple(moving),
-            plgpu.Barrier(num_arrivals=2, num_barriers=team.size),
+            plgpu.Barrier(num_arrivals=fixed_arrivals, num_barriers=team.size),
             tuple(plgpu.Barrier(num_arrivals=len(g), num_barriers=stages) for g in moving),
             (plgpu.Barrier(num_arrivals=team.size, num_barriers=stages),) * len(moving),
             collective_axes="wg",
@@ -156,7 +162,7 @@ def launch(
     return plgpu.kernel(
         body,
         out_type=tuple(out_type),
-        grid=(problem.batch, heads, blocks),
+        grid=grid,
         grid_names=("batch", "heads", "block"),
         num_threads=team.size + 1,
         thread_name="wg",
