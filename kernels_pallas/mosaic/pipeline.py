@@ -20,15 +20,24 @@ class Barriers(NamedTuple):
 
     Attributes:
         fixed: for each warpgroup, its own tiles have arrived.
+        shared: what all warpgroups read throughout has arrived.
+        met: all warpgroups are here.
         arrived: for each group of operands and each slot, they have arrived.
         free: for each group and slot, all warpgroups are done with them.
         stages: number of slots.
     """
 
     fixed: Any
+    shared: Any
+    met: Any
     arrived: Sequence[Any]
     free: Sequence[Any]
     stages: int
+
+    def meet(self) -> None:
+        """Waits for all warpgroups that compute; what they wrote to shared memory can be read."""
+        plgpu.barrier_arrive(self.met)
+        plgpu.barrier_wait(self.met)
 
     def wait(self, group: int, slot: jax.Array) -> None:
         """Waits until the operands of a group have arrived."""
@@ -77,12 +86,14 @@ class Kernel(NamedTuple):
         fetch: the sources of the tiles of a step, a group for each barrier.
         position: where in the problem a block of threads is.
         steps: number of steps there.
+        share: the sources of what all warpgroups read throughout.
     """
 
     compute: Callable[..., None]
     fetch: Callable[..., Sequence[Sequence[Any]]]
     position: Callable[..., Any]
-    steps: Callable[[Any], jax.Array]
+    steps: Callable[[Any], Any]
+    share: Callable[..., Sequence[Any]] = lambda x, position: ()
 
 
 def launch(
@@ -90,6 +101,7 @@ def launch(
     kernel: Kernel,
     *,
     fixed: Sequence[Any],
+    shared: Sequence[Any] = (),
     moving: Sequence[Sequence[Any]],
     stages: int,
     out_type: Sequence[jax.ShapeDtypeStruct],
@@ -104,6 +116,7 @@ def launch(
         operands: what the kernel reads, a pytree of arrays.
         kernel: what it does.
         fixed: shared memory that `kernel.compute` fills for itself.
+        shared: more of it, filled from `kernel.share`; `compute` gets it after `fixed`.
         moving: shared memory for a step, a group for each barrier, with a leading axis `stages`.
         stages: steps in flight.
         out_type: what the kernel writes.
@@ -117,7 +130,7 @@ def launch(
     def body(*refs):
         x, outputs = structure.unflatten(refs[: len(arrays)]), refs[len(arrays) :]
 
-        def scoped(fixed_sm, moving_sm, *barriers):
+        def scoped(fixed_sm, shared_sm, moving_sm, *barriers):
             barriers = Barriers(*barriers, stages)
             wg = lax.axis_index("wg")
             position = kernel.position(x, lax.axis_index("block"))
@@ -125,7 +138,8 @@ def launch(
             @pl.when(wg < team.size)
             def _():
                 plgpu.set_max_registers(team.registers, action="increase")
-                kernel.compute((x, outputs), fixed_sm, moving_sm, barriers, position)
+                memory = (*fixed_sm, *shared_sm)
+                kernel.compute((x, outputs), memory, moving_sm, barriers, position)
 
             @pl.when(wg == team.size)
             def _():
@@ -143,6 +157,8 @@ def launch(
 
                 for i in range(stages):
                     pl.when(i < steps)(lambda i=i: issue(jnp.int32(i), i, reused=False))
+                for gmem, smem in zip(kernel.share(x, position), shared_sm, strict=True):
+                    plgpu.copy_gmem_to_smem(gmem, smem, barriers.shared)
 
                 @pl.loop(stages, steps)
                 def _(step):
@@ -151,8 +167,11 @@ def launch(
         pl.run_scoped(
             scoped,
             tuple(fixed),
+            tuple(shared),
             tuple(moving),
             plgpu.Barrier(num_arrivals=fixed_arrivals, num_barriers=team.size),
+            plgpu.Barrier(num_arrivals=max(1, len(shared))),
+            plgpu.Barrier(num_arrivals=team.size),
             tuple(plgpu.Barrier(num_arrivals=len(g), num_barriers=stages) for g in moving),
             (plgpu.Barrier(num_arrivals=team.size, num_barriers=stages),) * len(moving),
             collective_axes="wg",

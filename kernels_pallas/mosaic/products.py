@@ -74,11 +74,13 @@ class Sum(NamedTuple):
         sign: int32 scalar, 1 or -1. Sums of int8 products, of a left operand that has this factor
             too, come out with `sign * MAGIC` added: float32 is sign and magnitude, so integers
             added below zero count downwards. Alternating signs keep what is added in excess small.
+        start: what a sum that is not of int8 begins with; None: zeros.
     """
 
     shape: tuple[int, int]
     integer: bool
     sign: jax.Array | None = None
+    start: jax.Array | None = None
 
 
 def accumulate(
@@ -91,9 +93,11 @@ def accumulate(
     """Runs `body(*accumulators)`, which adds products to them and returns arrays.
 
     An accumulator has `add(left, right)`, which starts adding left · rightᵀ (left: an array in the
-    layout of an 8-bit operand, or a reference to shared memory; right: a reference), and
-    `read(in_flight)`, which waits until at most so many products are under way (None: does not
-    wait) and returns float32. Sums of int8 products come with MAGIC added, see `Sum`.
+    layout of an 8-bit operand or, of 16 bits, WGMMA, or a reference to shared memory; right: a
+    reference), and `read(in_flight)`, which waits until at most so many products are under way
+    (None: does not wait) and returns float32. Sums of int8 products come with MAGIC added, see
+    `Sum`. In 16 bits, `add_rows(left, right)` adds left · right, and with `transposed=True`
+    leftᵀ · right of a reference left.
 
     Args:
         body: called once while tracing.
@@ -115,7 +119,7 @@ def accumulate(
 
 def _start(description: Sum) -> jax.Array:
     if not description.integer:
-        return full(description.shape, 0.0)
+        return full(description.shape, 0.0) if description.start is None else description.start
     if description.sign is None:
         return full(description.shape, _MAGIC_BITS, jnp.int32)
     bits = _MAGIC_BITS + lax.bitwise_and(description.sign, jnp.int32(-(2**31)))
@@ -131,6 +135,9 @@ class _Accumulator:
     def add(self, left, right):
         plgpu.wgmma(self._ref, left, right.transpose((1, 0)))
 
+    def add_rows(self, left, right, *, transposed: bool = False):
+        plgpu.wgmma(self._ref, left.transpose((1, 0)) if transposed else left, right)
+
     def read(self, in_flight: int | None = 0):
         value = plgpu.wgmma_accumulator_load(self._ref, wait_n=in_flight)
         return lax.bitcast_convert_type(value, jnp.float32) if self._integer else value
@@ -143,11 +150,21 @@ class _Simulated:
         self._integer = description.integer
         self._sign = jnp.float32(1 if description.sign is None else description.sign)
         self._value = jnp.zeros(description.shape, jnp.int32 if self._integer else jnp.float32)
+        if description.start is not None:
+            self._value += description.start
 
     def add(self, left, right):
-        left, right = left[...], right[...]
+        self._contract(left, right, 1, 1)
+
+    def add_rows(self, left, right, *, transposed: bool = False):
+        self._contract(left, right, 0 if transposed else 1, 0)
+
+    def _contract(self, left, right, left_axis, right_axis):
         self._value += lax.dot_general(
-            left, right, (((1,), (1,)), ((), ())), preferred_element_type=self._value.dtype
+            left[...],
+            right[...],
+            (((left_axis,), (right_axis,)), ((), ())),
+            preferred_element_type=self._value.dtype,
         )
 
     def read(self, in_flight: int | None = 0):
@@ -174,6 +191,23 @@ def join(parts: Sequence[jax.Array], *, interpret: bool) -> jax.Array:
         return fa.FragmentedArray(_registers=registers, _layout=fa.WGMMA_LAYOUT, _is_signed=None)
 
     return concatenate(*parts)
+
+
+def split(array: jax.Array, width: int, *, interpret: bool) -> list[jax.Array]:
+    """Cuts an array in the layout WGMMA into parts of so many columns, at no cost."""
+    height, size = array.shape
+    if interpret:
+        return [array[:, i : i + width] for i in range(0, size, width)]
+    part = plgpu.ShapeDtypeStruct((height, width), array.dtype, layout=WGMMA)
+
+    @plgpu.inline_mgpu(arg_types=(WGMMA,), return_type=(part,) * (size // width))
+    def cut(ctx, whole):
+        del ctx
+        registers = np.split(whole.registers, size // width, axis=1)
+        make = lambda x: fa.FragmentedArray(_registers=x, _layout=fa.WGMMA_LAYOUT, _is_signed=None)
+        return tuple(map(make, registers))
+
+    return list(cut(array))
 
 
 def sleep(nanoseconds: int) -> None:
