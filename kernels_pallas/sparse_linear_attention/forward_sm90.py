@@ -1,4 +1,4 @@
-"""The forward kernel for Hopper: softmax over chosen blocks of keys, the linear branch, the mixture.
+"""The forward kernel for Hopper: softmax over chosen blocks of keys, linear branch, mixture.
 
 A block of threads works on 128 queries of one head: two warpgroups of 64 queries compute, a third
 one copies the chosen blocks of keys and values to them, in the order of their ids. Q is quantized

@@ -49,6 +49,8 @@ def unsupported(options: Options, query: jax.Array, device: Any) -> str | None:
         )
     if blocks.dense:
         return "it keeps all blocks of keys; that is full attention"
+    if options.scale <= 0:  # the kernels find the largest score before they scale
+        return f"scale must be positive, got {options.scale}"
     if options.quantize and options.gradient_scores != "exact":
         return f"it has no gradient_scores={options.gradient_scores!r}"
     return None
@@ -89,8 +91,6 @@ def attend(
     routers: tuple[jax.Array | None, jax.Array | None],
 ) -> jax.Array:
     """Routes and computes attention; arguments as for `reference.forward`, and the routers."""
-    if options.scale < 0:  # the kernels find the largest score before they scale
-        raise NotImplementedError(f"the kernels take no negative scale, got {options.scale}")
     query, key, value = (_pad(x, -x.shape[1] % 8) for x in (query, key, value))
     routing = route(options, *lax.stop_gradient((query, key)), routers)
     out = vjp.attention(_PASSES, options, query, key, value, alpha, routing)
