@@ -138,7 +138,7 @@ def query_gradient(
         def visit(step, carry, *, masked):
             dq, excess = carry
             slot = barriers.slot(step)
-            left = keys - x.chosen[b, h, i, step] * ROWS if masked else None
+            left = keys - x.chosen[b, h, i, step] * ROWS if masked else jnp.int32(ROWS)
             barriers.wait(0, slot)
 
             def score_gradients(s_sum, dp_sum):
@@ -187,7 +187,7 @@ def query_gradient(
 
         (toward,) = accumulate(
             toward_features,
-            [Sum(query.shape, False)],
+            [Sum((ROWS, dim), False)],
             [full(query.shape, 0.0)],
             interpret=interpret,
         )
