@@ -177,8 +177,14 @@ def query_gradient(
         inverse = 1.0 / jnp.sum(features * z, axis=1)
         weighted = (features * rows(inverse, query.shape)).astype(dtype)
         q_sm.at[wg][...] = weighted
-        dz = jnp.sum(weighted.astype(jnp.float32) * rows(-linear_delta, query.shape), axis=0)
-        dz_sm.at[wg][...] = dz
+
+        # Sums over rows share their scratch memory, so the warpgroups make them one after the
+        # other.
+        def sum_dz():
+            weighted = plgpu.load(q_sm.at[wg], layout=WGMMA).astype(jnp.float32)
+            dz_sm.at[wg][...] = jnp.sum(weighted * rows(-linear_delta, weighted.shape), axis=0)
+
+        pl.when(wg == 0)(sum_dz)
         plgpu.barrier_wait(barriers.shared)
 
         def toward_features(total):
@@ -214,11 +220,12 @@ def query_gradient(
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(h_sm.at[part], dh_gm.at[b, h, i, part])
 
-        plgpu.copy_smem_to_gmem(dz_sm.at[wg], dz_gm.at[b, h, i, wg])
+        pl.when(wg == 1)(sum_dz)
         barriers.meet()
         q_sm.at[wg][...] = dq.astype(dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_sm.at[wg], dq_gm.at[b, here, h])
+        plgpu.copy_smem_to_gmem(dz_sm.at[wg], dz_gm.at[b, h, i, wg])
         plgpu.wait_smem_to_gmem(0)
 
     def position(x, index):
