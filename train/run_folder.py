@@ -6,18 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from jaxgen.checkpoints import parse_json_object, write_atomically
-from train.text_to_image_config import MAY_CHANGE, Config
+from train.options import Options
 
 
 class ConfigChangedError(ValueError):
     """A folder holds a run with another configuration."""
 
 
-def claim(config: Config) -> Path:
+def claim(config: Options) -> Path:
     """Make the run's folder, or check that the run in it had the same configuration.
 
-    Options in `MAY_CHANGE` may differ; the file then holds the new ones. A run that never made a
-    step binds nobody.
+    Options in `config.may_change` may differ; the file then holds the new ones. A run that never
+    made a step binds nobody.
 
     Returns:
         The folder.
@@ -35,10 +35,9 @@ def claim(config: Config) -> Path:
             old = parse_json_object(path.read_bytes(), str(path))
         except ValueError as error:
             raise ValueError(f"{folder} cannot be resumed: {error}") from error
+        fixed = sorted((old.keys() | new.keys()) - config.may_change)
         differing = [
-            name
-            for name in sorted(old.keys() | new.keys())
-            if _made_steps(folder) and name not in MAY_CHANGE and old.get(name) != new.get(name)
+            name for name in fixed if _made_steps(folder) and old.get(name) != new.get(name)
         ]
         if differing:
             lines = [
@@ -65,9 +64,9 @@ def _made_steps(folder: Path) -> bool:
     return any(checkpoints.glob("[0-9]*")) or (metrics.is_file() and metrics.stat().st_size > 0)
 
 
-def to_json(config: Config) -> dict[str, Any]:
+def to_json(config: Options) -> dict[str, Any]:
     """Return the configuration without its folder, as JSON can hold it."""
-    values = dataclasses.asdict(config)
+    values = dataclasses.asdict(config)  # pyright: ignore[reportArgumentType]
     del values["output"]
     return {name: _plain(value) for name, value in values.items()}
 

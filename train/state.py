@@ -4,7 +4,7 @@ State is plain pytrees: NNX modules are taken apart once (`take_apart`) into a h
 and dictionaries of arrays by name, and put together inside the loss. Nothing is mutated.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,11 @@ def take_apart(module: nnx.Module) -> tuple[Skeleton, Arrays]:
     names = _dotted_names(state)
     trained = frozenset(_dotted_names(nnx.state(module, nnx.Param)))
     return Skeleton(graphdef, treedef, names, trained), dict(zip(names, leaves, strict=True))
+
+
+def names_of(module: nnx.Module, kind: type[nnx.Variable]) -> frozenset[str]:
+    """Return the names, as in `take_apart`, of the variables of a kind."""
+    return frozenset(_dotted_names(nnx.state(module, kind)))
 
 
 def _dotted_names(state: Any) -> tuple[str, ...]:
@@ -100,8 +105,16 @@ def make_optimizer(
     betas: tuple[float, float] = (0.9, 0.99),
     weight_decay: float = 0.01,
     gradient_clip: float = 1.0,
+    undecayed: Container[str] = (),
 ) -> optax.GradientTransformation:
-    """AdamW after clipping by the global norm; vectors (biases, norm scales) do not decay."""
+    """AdamW after clipping by the global norm.
+
+    Vectors (biases, norm scales) do not decay, nor do the parameters in `undecayed`.
+    """
+
+    def decayed(path: tuple[Any, ...], array: Array) -> bool:
+        return array.ndim >= 2 and path[-1].key not in undecayed
+
     return optax.chain(
         optax.clip_by_global_norm(gradient_clip),
         optax.adamw(
@@ -109,7 +122,7 @@ def make_optimizer(
             b1=betas[0],
             b2=betas[1],
             weight_decay=weight_decay,
-            mask=lambda params: jax.tree.map(lambda array: array.ndim >= 2, params),
+            mask=lambda params: jax.tree.map_with_path(decayed, params),
         ),
     )
 

@@ -1,45 +1,24 @@
 """The options of `python -m train.text_to_image`, one frozen dataclass."""
 
-import dataclasses
-import math
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-import jax.numpy as jnp
-import optax
+from typing import ClassVar, Literal
 
 from jaxgen.models.mmdit import MMDIT_PRESETS
+from train.options import Options
 
 PIXEL_MODELS = tuple(name for name, preset in MMDIT_PRESETS.items() if preset.in_channels == 3)
 """Presets that read and write RGB pictures."""
 
-MAY_CHANGE = frozenset(
-    {
-        "devices",
-        "fsdp",
-        "guidance_scale",
-        "keep",
-        "log_every",
-        "sample_captions",
-        "sample_every",
-        "sample_steps",
-        "save_every",
-        "skips_in_a_row",
-        "tensorboard",
-        "time_limit",
-    }
-)
-"""Options that a resumed run may change: none decides which updates are made."""
-
 
 @dataclass(frozen=True)
-class Config:
+class Config(Options):
     """Train a text-to-image diffusion transformer on OpenMoji.
 
     The same command resumes a stopped run. The defaults train the large model on one GPU.
     """
+
+    program: ClassVar[str] = "train.text_to_image"
 
     # --- where ---
     output: Path = Path("runs/text-to-image")
@@ -128,68 +107,13 @@ class Config:
     def __post_init__(self):
         if self.model not in PIXEL_MODELS:
             raise ValueError(f"model must be one of {', '.join(PIXEL_MODELS)}, got {self.model!r}")
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        for name, smallest in _SMALLEST.items():
-            value = getattr(self, name)
-            if value is not None and not value >= smallest:
-                raise ValueError(f"{name} must be at least {smallest}, got {name}={value}")
-        for name in _FINITE:
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name} must be finite, got {name}={getattr(self, name)}")
-        for name in ("gradient_clip", "sigma_std", "sigma_shift"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {name}={getattr(self, name)}")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must be two numbers in [0, 1), got betas={self.betas}")
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and (isinstance(value, bool) or not isinstance(value, int)):
-                raise ValueError(f"{field.name} must be an int, got {field.name}={value!r}")
-        for name in ("caption_dropout", "ema_decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be from 0 to 1, got {name}={getattr(self, name)}")
-        if self.warmup_steps + self.linear_decay_steps > self.steps:
-            raise ValueError(
-                f"warm-up and decay must fit into the steps, got "
-                f"warmup_steps={self.warmup_steps}, decay_steps={self.linear_decay_steps}, "
-                f"steps={self.steps}"
-            )
-
-    @property
-    def linear_decay_steps(self) -> int:
-        """Steps of the final linear decay; 0 for the cosine schedule."""
-        return 0 if self.schedule == "cosine" else self.decay_steps or self.steps // 5
-
-    def learning_rate_schedule(self) -> optax.Schedule:
-        """Return the learning rate as a function of the number of updates made."""
-        peak, warmup, decay = self.learning_rate, self.warmup_steps, self.linear_decay_steps
-        if self.schedule == "cosine":
-            rest = [optax.cosine_decay_schedule(peak, max(self.steps - warmup, 1))]
-            ends = [warmup]
-        else:
-            rest = [optax.constant_schedule(peak), optax.linear_schedule(peak, 0.0, decay)]
-            ends = [warmup, self.steps - decay]
-        # One step more than warm-up has: the first update should not be lost on a rate of 0.
-        start = optax.linear_schedule(peak / (warmup + 1), peak, max(warmup, 1))
-        joined = optax.join_schedules([start, *rest], ends)
-        return lambda count: jnp.asarray(joined(count), jnp.float32)
-
-    def command(self) -> str:
-        """Return the shell command that trains this configuration."""
-        words = ["python", "-m", "train.text_to_image"]
-        for field in dataclasses.fields(self):
-            value, flag = getattr(self, field.name), field.name.replace("_", "-")
-            if value == field.default:
-                continue
-            if isinstance(value, bool):
-                words.append(f"--{flag}" if value else f"--no-{flag}")
-            elif isinstance(value, tuple):
-                words += [f"--{flag}", *map(str, value)]
-            else:
-                words += [f"--{flag}", str(value)]
-        return shlex.join(words)
+        self.check(
+            choices=_CHOICES,
+            smallest=_SMALLEST,
+            positive=("gradient_clip", "sigma_std", "sigma_shift"),
+            finite=_FINITE,
+            shares=("caption_dropout", "ema_decay"),
+        )
 
 
 _FINITE = (

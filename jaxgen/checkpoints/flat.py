@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from jaxgen.checkpoints.safetensors_files import check_arrays
+from jaxgen.layers import Settings
 
 
 def export_flat(module: nnx.Module) -> dict[str, np.ndarray]:
@@ -44,15 +45,28 @@ def load_flat[Module: nnx.Module](
         source: what to call the arrays in an error, for example the path of their file.
 
     Raises:
-        ValueError: missing, unused or misshapen arrays, all listed.
+        ValueError: missing, unused or misshapen arrays, all listed; or recorded settings
+            (`jaxgen.layers.Settings`) that are not those of the module.
     """
     check_arrays(arrays, flat_shapes(create), source)
     graph, state = nnx.split(nnx.eval_shape(create))
+    for path, variable in nnx.to_flat_state(state):
+        check_settings(variable, arrays[_key(path)], f"{source}: {_key(path)}")
     filled = [
         (path, variable.replace(jnp.array(arrays[_key(path)], variable.dtype)))
         for path, variable in nnx.to_flat_state(state)
     ]
     return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def check_settings(variable: nnx.Variable, array: Any, source: str) -> None:
+    """Compares an array to be loaded with the settings that a variable records, if it does.
+
+    Raises:
+        ValueError: they differ; the message starts with `source` and names both.
+    """
+    if isinstance(variable, Settings):
+        variable.check(array, source)
 
 
 def _key(path: tuple[Any, ...]) -> str:

@@ -23,7 +23,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxgen.checkpoints.files import parse_json_object, write_atomically
-from jaxgen.checkpoints.flat import export_flat, flat_shapes
+from jaxgen.checkpoints.flat import check_settings, export_flat, flat_shapes
 from jaxgen.checkpoints.safetensors_files import (
     check_arrays,
     load_safetensors,
@@ -119,7 +119,8 @@ def load_wan(
             released model is converted; otherwise `arrays` must hold all.
 
     Raises:
-        ValueError: missing, unused or misshapen arrays, all listed.
+        ValueError: missing, unused or misshapen arrays, all listed; or settings that such modules
+            record (`jaxgen.layers.Settings`) and that are not theirs.
     """
     model = nnx.eval_shape(lambda: Wan(config, rngs=nnx.Rngs(0)))
     if attend is not None:
@@ -134,7 +135,9 @@ def load_wan(
     shapes = {path: variable.get_raw_value() for path, (_, variable) in wanted.items()}
     check_arrays(arrays, _expected(shapes, config), source)
     for path, (position, variable) in wanted.items():
-        array = _from_diffusers(path, np.asarray(arrays[_diffusers_key(path)]), config)
+        key = _diffusers_key(path)
+        check_settings(variable, arrays[key], f"{source}: {key}")
+        array = _from_diffusers(path, np.asarray(arrays[key]), config)
         flat[path] = position, variable.replace(jnp.array(array, variable.dtype))
     return nnx.merge(graph, nnx.from_flat_state(flat.values()))
 

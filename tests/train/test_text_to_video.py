@@ -15,14 +15,14 @@ from PIL import Image
 
 from jaxgen.text import PADDING_ID
 from tests.train.video_fixtures import CLIPS, FRAMES, SIZE, TOKENIZER, Squares
-from train import text_to_video
+from train import text_to_video, text_to_video_parts
 from train.clips import ClipBatches
 from train.metrics import read_rows
 from train.moving_emoji import MovingEmoji
 from train.run_folder import ConfigChangedError
 from train.state import take_apart
 from train.text_to_video import train
-from train.text_to_video_config import Config
+from train.text_to_video_config import MODELS, Config
 from train.text_to_video_parts import Validation, choose_captions, load_export, make_tokenizer
 
 STEPS = 6
@@ -39,7 +39,10 @@ def compile_quickly(tmp_path_factory):
         jax.config.update(name, value)
     compilation_cache.reset_cache()  # of tests before, which had none
     jax.config.update("jax_disable_most_optimizations", True)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        tiny = dataclasses.replace(MODELS["tiny"], num_layers=1)
+        patch.setattr(text_to_video_parts, "MODELS", {"tiny": tiny})
+        yield
     jax.config.update("jax_disable_most_optimizations", False)
     for name, value in before.items():
         jax.config.update(name, value)
@@ -117,7 +120,7 @@ def test_stopping_and_resuming_gives_the_same_bits(straight, tmp_path):
     resumed = run(tmp_path)
     assert (resumed.step, resumed.stopped) == (STEPS, "finished")
     ours, theirs = jax.tree.leaves(resumed.state), jax.tree.leaves(straight.state)
-    assert len(ours) == len(theirs) > 100
+    assert len(ours) == len(theirs) > 80
     for one, other in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(one, other)
     assert losses(resumed) == losses(straight)
@@ -138,6 +141,21 @@ def test_a_time_limit_stops_and_exports_in_bfloat16(tmp_path):
         np.testing.assert_allclose(array, result.arrays[name], rtol=0.004)
     stored = sum(file.stat().st_size for file in tmp_path.glob("export/*/*.safetensors"))
     assert stored < 0.6 * sum(array.nbytes for array in arrays.values())
+
+
+def test_a_run_can_start_from_an_export(straight, tmp_path):
+    again = run(
+        tmp_path,
+        start_from=straight.folder / "export",
+        steps=1,
+        warmup_steps=0,
+        learning_rate=0.0,
+        validate_every=1,
+    )
+    for name, array in straight.arrays.items():
+        np.testing.assert_allclose(again.arrays[name], array, rtol=1e-6)
+    rows = [read_rows(r.folder / "validation.jsonl")[-1] for r in (again, straight)]
+    assert rows[0]["held_out"] == pytest.approx(rows[1]["held_out"], rel=1e-5)
 
 
 def test_validation_is_fixed_and_sees_the_caption_and_the_clip(straight):

@@ -1,0 +1,147 @@
+"""What is each part of SLA2 worth? Methods x sparsities x seeds on one pretrained video model.
+
+Command    python -m train.text_to_video --output runs/moving-emoji
+           python -m train.configs.sla2_experiment --output runs/sla2-experiment
+               --each.pretrained runs/moving-emoji/export
+           Both resume when repeated; --time-limit cuts the second into pieces, and --methods,
+           --kept-fractions and --seeds into parts that may run on different machines into one
+           folder. The table always shows what the folder holds.
+Hardware   not measured yet
+Outcome    not measured yet
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxgen.checkpoints import write_atomically
+from train import sla2
+from train.sla2_config import METHODS, Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Run methods x sparsities x seeds, skip what is done, and print the table.
+
+    Full attention does not depend on the sparsity and runs once for each seed.
+    """
+
+    each: Config
+    """Options of every run; its output, method, kept_fraction and seed are replaced."""
+    output: Path = Path("runs/sla2-experiment")
+    """Folder of all runs, and of table.md and results.json."""
+    methods: tuple[str, ...] = tuple(METHODS)
+    """Methods to run."""
+    kept_fractions: tuple[float, ...] = (0.05, 0.1)
+    """Shares of the blocks of keys that get softmax attention."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of noise and noise levels while training."""
+    time_limit: float | None = None
+    """Seconds after which to stop; repeat the command to go on."""
+
+    def __post_init__(self):
+        unknown = [name for name in self.methods if name not in METHODS]
+        if unknown:
+            raise ValueError(f"methods must be among {', '.join(METHODS)}, got {unknown}")
+
+    def runs(self) -> list[Config]:
+        """Return the runs in order, one seed after another."""
+        found = []
+        for seed in self.seeds:
+            for method in self.methods:
+                fractions = (1.0,) if METHODS[method].kind == "full" else self.kept_fractions
+                found += [
+                    dataclasses.replace(
+                        self.each,
+                        output=self.output / f"{method}-{fraction:g}-{seed}",
+                        method=method,
+                        kept_fraction=fraction,
+                        seed=seed,
+                    )
+                    for fraction in fractions
+                ]
+        return found
+
+
+def carry_out(experiment: Experiment, **options: Any) -> list[sla2.Report]:
+    """Do the runs that are not done.
+
+    Args:
+        experiment: What to run.
+        **options: For `train.sla2.train`.
+
+    Returns:
+        The reports in the folder, of these and of other runs.
+    """
+    started = time.monotonic()
+    for config in experiment.runs():
+        if (config.output / "report.json").exists():
+            continue
+        if experiment.time_limit is not None:
+            left = experiment.time_limit - (time.monotonic() - started)
+            if left <= 0:
+                break
+            config = dataclasses.replace(config, time_limit=left)
+        print(f"--- {config.output.name}", file=sys.stderr, flush=True)
+        if isinstance(sla2.train(config, **options), str):
+            break
+    reports = [
+        json.loads(path.read_text()) for path in sorted(experiment.output.glob("*/report.json"))
+    ]
+    experiment.output.mkdir(parents=True, exist_ok=True)
+    write_atomically(experiment.output / "results.json", [json.dumps(reports, indent=2).encode()])
+    write_atomically(experiment.output / "table.md", [table(reports).encode()])
+    return reports
+
+
+def table(reports: list[sla2.Report]) -> str:
+    """Return a Markdown table, one row for each method and sparsity.
+
+    Losses are means over seeds, with the standard deviation between them where there are several.
+    """
+    lines = [
+        "| method | kept | seeds | error of attention | loss before | validation | held out |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    order = list(METHODS)
+    groups: dict[tuple[int, float], list[sla2.Report]] = {}
+    for report in reports:
+        place = order.index(report["method"]), report["kept_fraction"]
+        groups.setdefault(place, []).append(report)
+    for (place, fraction), group in sorted(groups.items()):
+        errors = [list(report["attention_error"].values()) for report in group]
+        cells = [
+            order[place],
+            f"{fraction:.0%}" if fraction >= 0.1 else f"{fraction:.1%}",
+            str(len(group)),
+            _spread([values[-1] for values in errors]) if all(errors) else "",
+            _spread([report["at_start"]["validation"] for report in group]),
+            *(
+                _spread([report["finished"][split] for report in group])
+                for split in ("validation", "held_out")
+            ),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _spread(values: list[float]) -> str:
+    mean = f"{np.mean(values):.5f}"
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.5f}"
+
+
+def main() -> None:
+    """Take the options, carry out the experiment, print the table."""
+    import tyro
+
+    reports = carry_out(tyro.cli(Experiment, prog="python -m train.configs.sla2_experiment"))
+    print(table(reports))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""Train a text-to-video diffusion transformer: `python -m train.text_to_video --help`.
+
+A run lives in one folder: `config.json`, `metrics.jsonl`, `validation.jsonl`, `checkpoints/`,
+`samples/*.gif`, `samples/*.png` and, at the end, `export/`. Running the same command again resumes
+from the newest checkpoint, exactly; SIGINT and SIGTERM save one first.
+"""
+
+import functools
+import signal
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxgen.sampling import LogitNormal
+from jaxgen.text import WordTokenizer
+from train import openmoji, run_folder
+from train.clips import ClipBatches, Clips
+from train.metrics import JsonLines, Row, final_loss, read_rows
+from train.run import Finished, Hook, Plan, carry_out, mesh_of, printer
+from train.state import Arrays, Skeleton, make_optimizer, take_apart
+from train.text_to_video_config import Config
+from train.text_to_video_parts import (
+    Sampler,
+    Validation,
+    choose_captions,
+    load_export,
+    make_loss,
+    make_models,
+    make_tokenizer,
+    open_clips,
+    save_export,
+    save_samples,
+)
+
+
+def train(
+    config: Config,
+    *,
+    clips: Mapping[str, Clips] | None = None,
+    tokenizer: WordTokenizer | None = None,
+    on_row: Callable[[Row], None] | None = None,
+    show_progress: bool = True,
+) -> Finished:
+    """Train, resuming if the folder holds a run, and export unless a signal arrived.
+
+    Args:
+        config: The experiment.
+        clips: The splits train, validation and held_out; moving emoji by default.
+        tokenizer: Encodes their captions; that of moving emoji by default.
+        on_row: Called with each row of metrics as it is written.
+        show_progress: Say what happens and show a progress bar, on stderr.
+
+    Raises:
+        ValueError: The batch does not fit the devices, clips have another shape, or the folder
+            holds a run with another configuration; the message is then a diff.
+        FloatingPointError: `config.skips_in_a_row` updates in a row were not finite.
+        NotImplementedError: JAX was started with several processes.
+    """
+    mesh_of(config)  # refuses before anything is made
+    clips = open_clips(config) if clips is None else clips
+    tokenizer = make_tokenizer() if tokenizer is None else tokenizer
+    shape = clips["train"][0]["video"].shape
+    if shape != (config.frames, config.size, config.size, 3):
+        raise ValueError(
+            f"clips must have shape {(config.frames, config.size, config.size, 3)}, got {shape}"
+        )
+    build = functools.partial(make_models, config, tokenizer)
+
+    def make() -> Arrays:
+        if config.start_from is None:
+            return take_apart(build())[1]
+        return take_apart(load_export(config.start_from, precision=config.precision)[0])[1]
+
+    skeleton, shapes = take_apart(nnx.eval_shape(build))
+    plan = Plan(
+        title=f"{config.model}, {config.attention} attention",
+        skeleton=skeleton,
+        shapes=shapes,
+        make=make,
+        trained=skeleton.trained,
+        loss=make_loss(
+            skeleton, LogitNormal(config.sigma_mean, config.sigma_std, config.sigma_shift)
+        ),
+        optimizer=lambda rate: make_optimizer(
+            rate,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            gradient_clip=config.gradient_clip,
+        ),
+    )
+    stream = ClipBatches(
+        clips["train"],
+        tokenizer,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        caption_dropout=config.caption_dropout,
+        workers=config.workers,
+    )
+    hooks = [
+        Hook(config.validate_every, validation_hook(config, clips, tokenizer, skeleton)),
+        Hook(config.sample_every, sample_hook(config, clips, tokenizer, skeleton)),
+    ]
+    with stream:
+        result = carry_out(
+            config, plan, stream, hooks=hooks, on_row=on_row, show_progress=show_progress
+        )
+    export = result.folder / "export"
+    made_steps = result.step > result.first_step
+    if result.stopped in ("finished", "time limit") and (made_steps or not export.exists()):
+        models = skeleton.join(jax.device_put(result.arrays))
+        save_export(export, models, tokenizer, make_card(config, result), config.export_dtype)
+        printer(show_progress)(f"exported {export}")
+    return result
+
+
+def validation_hook(
+    config: Config, clips: Mapping[str, Clips], tokenizer: WordTokenizer, skeleton: Skeleton
+) -> Callable[[int, Arrays], None]:
+    """Return a hook that appends losses on fixed clips and noise to `validation.jsonl`."""
+    parts = {split: clips[split] for split in ("validation", "held_out")}
+
+    @functools.cache
+    def validation() -> Validation:
+        return Validation(
+            parts, tokenizer, count=config.validation_clips, levels=config.validation_levels
+        )
+
+    def validate(step: int, arrays: Arrays) -> None:
+        writer = JsonLines(config.output / "validation.jsonl", step - 1)
+        writer.write({"step": step} | validation()(skeleton, arrays))
+        writer.close()
+
+    return validate
+
+
+def sample_hook(
+    config: Config, clips: Mapping[str, Clips], tokenizer: WordTokenizer, skeleton: Skeleton
+) -> Callable[[int, Arrays], None]:
+    """Return a hook that draws some captions to `samples`."""
+
+    @functools.cache
+    def sampler() -> Sampler:
+        return Sampler(
+            tokenizer,
+            config.sample_captions or choose_captions(clips),
+            frames=config.frames,
+            size=config.size,
+            steps=config.sample_steps,
+            guidance_scale=config.guidance_scale,
+        )
+
+    def draw(step: int, arrays: Arrays) -> None:
+        videos = sampler()(skeleton, arrays)
+        save_samples(videos, sampler().captions, config.output / "samples" / f"{step:07d}")
+
+    return draw
+
+
+def make_card(config: Config, result: Finished) -> dict[str, Any]:
+    """Return the model card: what was trained on what, how, how long, and the losses it reached."""
+    validation = read_rows(result.folder / "validation.jsonl")
+    return {
+        "name": config.model,
+        "task": "text-to-video",
+        "data": "OpenMoji, moving",
+        "attribution": openmoji.ATTRIBUTION,
+        "steps": result.step,
+        "command": config.command(),
+        "config": run_folder.to_json(config),
+        "final_loss": final_loss(result.rows),
+        "validation": validation[-1] if validation else None,
+        "updates_skipped": result.rows[-1]["skipped"] if result.rows else 0,
+        "hardware": f"{result.devices} x {jax.devices()[0].device_kind}",
+        "jax": jax.__version__,
+        "seconds": round(result.seconds, 1),
+    }
+
+
+def main() -> None:
+    """Parse the command line and train; the exit code tells how it ended.
+
+    0 when finished or out of time, 128 + the signal's number after a signal.
+    """
+    try:
+        import tyro
+    except ImportError as error:
+        raise ImportError('the command line needs tyro: pip install "jaxgen[train]"') from error
+
+    config = tyro.cli(Config, prog=f"python -m {Config.program}")
+    try:
+        result = train(config)
+    except run_folder.ConfigChangedError as error:
+        raise SystemExit(str(error)) from None
+    if result.stopped in ("SIGINT", "SIGTERM"):
+        raise SystemExit(128 + signal.Signals[result.stopped])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,341 @@
+"""What a text-to-video run is made of: models, data, loss, validation, samples, the export."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int32, PRNGKeyArray, UInt8
+
+from jaxgen.checkpoints import (
+    config_from_json,
+    config_to_json,
+    export_flat,
+    load_flat,
+    load_safetensors,
+    load_wan_folder,
+    parse_json_object,
+    save_safetensors,
+    save_wan_folder,
+    write_atomically,
+)
+from jaxgen.models import TextEncoder, TextEncoderConfig, Wan
+from jaxgen.models.wan import Attend
+from jaxgen.pictures import image_grid
+from jaxgen.sampling import (
+    Conditioning,
+    FlowMatchingSchedule,
+    LogitNormal,
+    add_noise,
+    classifier_free_guidance,
+    euler_sample,
+    flow_matching_loss,
+    timestep_of,
+)
+from jaxgen.text import WordTokenizer
+from train.clips import Clips, render
+from train.state import Arrays, Loss, Skeleton
+from train.text_to_video_config import MODELS, Config
+
+_MAX_TOKENS = 24  # the longest caption has so many words
+_VALIDATION_SEED = 2024
+_VALIDATION_BATCH = 16
+_SHEET_COLUMNS = 8
+_WEIGHTS = "model.safetensors"
+
+
+class Models(nnx.Module):
+    """The two models that are trained together."""
+
+    def __init__(self, transformer: Wan, text_encoder: TextEncoder):
+        self.transformer = transformer
+        self.text_encoder = text_encoder
+
+
+def full_attention(query: Array, key: Array, value: Array) -> Array:
+    """Exact attention; on GPUs, in 16 bits, by cuDNN, which stores no array of queries x keys."""
+    fast = jax.default_backend() == "gpu" and query.dtype in (jnp.bfloat16, jnp.float16)
+    implementation = "cudnn" if fast else None
+    return jax.nn.dot_product_attention(query, key, value, implementation=implementation)
+
+
+def open_clips(config: Config) -> dict[str, Clips]:
+    """Return the data set by split."""
+    from train.moving_emoji import SPLITS, MovingEmoji
+
+    options = {"frames": config.frames, "size": config.size, "limit": config.figures}
+    return {split: MovingEmoji(split=split, **options) for split in SPLITS}
+
+
+def make_tokenizer() -> WordTokenizer:
+    """Return the tokenizer of the captions' grammar, the same whatever the figures."""
+    from train.moving_emoji_scenes import VOCABULARY
+
+    return WordTokenizer(VOCABULARY, _MAX_TOKENS)
+
+
+def make_models(config: Config, tokenizer: WordTokenizer) -> Models:
+    """Return new models."""
+    transformer = dataclasses.replace(
+        MODELS[config.model],
+        attention=config.attention,
+        remat=config.remat,
+        dtype=config.precision,
+    )
+    encoder = TextEncoderConfig(
+        vocabulary_size=tokenizer.size,
+        max_tokens=tokenizer.max_tokens,
+        hidden_dim=transformer.text_dim,
+        pooled_dim=1,  # the transformer reads tokens only
+        dtype=config.precision,
+    )
+    rngs = nnx.Rngs(config.seed)
+    attend = (lambda number: full_attention) if config.attention == "exact" else None
+    return Models(Wan(transformer, attend=attend, rngs=rngs), TextEncoder(encoder, rngs=rngs))
+
+
+def predict(
+    models: Models,
+    noisy: Float[Array, "batch frames height width 3"],
+    sigma: Float[Array, "batch"],
+    tokens: Int32[Array, "batch tokens"],
+) -> Float[Array, "batch frames height width 3"]:
+    """Return the velocity that the models predict, in their dtype."""
+    context, _ = models.text_encoder(tokens)
+    return models.transformer(noisy, timestep_of(sigma), context)
+
+
+def to_floats(video: UInt8[Array, "..."]) -> Float[Array, "..."]:
+    """Map 0..255 to [-1, 1]."""
+    return video.astype(jnp.float32) / 127.5 - 1
+
+
+def as_pictures(video: Array) -> Array:
+    """Put the frames of each clip below each other, (batch, frames*height, width, channels)."""
+    return video.reshape(len(video), -1, *video.shape[3:])
+
+
+def make_loss(skeleton: Skeleton, levels: LogitNormal) -> Loss:
+    """Return the mean flow matching loss of a batch of clips and token ids."""
+
+    def loss(params, frozen, batch, key):
+        models, clips = skeleton.join(params | frozen), to_floats(batch["video"])
+
+        def velocity(noisy, sigma):
+            predicted = predict(models, noisy.reshape(clips.shape), sigma, batch["tokens"])
+            return as_pictures(predicted)
+
+        return jnp.mean(flow_matching_loss(velocity, as_pictures(clips), key, levels))
+
+    return loss
+
+
+class Validation:
+    """The flow matching loss on fixed clips, noise and noise levels: it compares models.
+
+    Noise depends on the number of the clip and of the level only, and levels fill (0, 1) evenly,
+    whatever a run was trained on.
+
+    Args:
+        clips: The data sets to validate on, by name.
+        tokenizer: Encodes the captions.
+        count: The first so many clips of each are used.
+        levels: Noise levels a clip.
+    """
+
+    def __init__(
+        self, clips: Mapping[str, Clips], tokenizer: WordTokenizer, *, count: int, levels: int
+    ):
+        self._levels = levels
+        self._sets = {}
+        for name, source in clips.items():
+            videos, captions = render(source, range(min(count, len(source))))
+            self._sets[name] = videos, tokenizer.encode(captions)
+        self._compiled = jax.jit(self._losses, static_argnums=0)
+
+    def __call__(self, skeleton: Skeleton, arrays: Arrays) -> dict[str, float]:
+        """Return the mean loss by name of the data set."""
+        arrays = jax.device_put({name: arrays[name] for name in skeleton.names})
+        means = {}
+        for name, (videos, tokens) in self._sets.items():
+            total = 0.0
+            for start in range(0, len(videos), _VALIDATION_BATCH):
+                part = slice(start, start + _VALIDATION_BATCH)
+                numbers = np.arange(start, start + len(videos[part]), dtype=np.uint32)
+                batch = videos[part], tokens[part], numbers
+                total += float(self._compiled(skeleton, arrays, *batch))
+            means[name] = total / len(videos)
+        return means
+
+    def _losses(self, skeleton: Skeleton, arrays, video, tokens, numbers) -> Array:
+        """Return the sum over clips of the mean loss over levels."""
+        models, clips = skeleton.join(arrays), to_floats(video)
+
+        def at_level(total, level):
+            # Multiples of the golden ratio, modulo 1, are spread evenly however many are taken.
+            place = (numbers * self._levels + level + 1).astype(jnp.float32)
+            sigma = jnp.clip(place * 0.6180339887 % 1, 0.001, 0.999)
+            noise = as_pictures(jax.vmap(lambda n: self._noise(n, level, video.shape[1:]))(numbers))
+            noisy = add_noise(as_pictures(clips), noise, sigma).reshape(clips.shape)
+            predicted = as_pictures(predict(models, noisy, sigma, tokens)).astype(jnp.float32)
+            error = jnp.square(predicted - (noise - as_pictures(clips)))
+            return total + jnp.sum(jnp.mean(error, axis=(1, 2, 3))) / self._levels, None
+
+        levels = jnp.arange(self._levels, dtype=jnp.uint32)
+        return jax.lax.scan(at_level, jnp.float32(0), levels)[0]
+
+    def _noise(self, number: Array, level: Array, shape: tuple[int, ...]) -> Array:
+        key: PRNGKeyArray = jax.random.fold_in(jax.random.key(_VALIDATION_SEED), number)
+        return jax.random.normal(jax.random.fold_in(key, level), shape, jnp.float32)
+
+
+class Sampler:
+    """Draws clips for captions with the first noise; compiled once.
+
+    Args:
+        tokenizer: Encodes the captions.
+        captions: What to draw.
+        frames: Frames a clip.
+        size: Side of a frame in pixels.
+        steps: Euler steps.
+        guidance_scale: Of classifier-free guidance.
+    """
+
+    def __init__(
+        self,
+        tokenizer: WordTokenizer,
+        captions: Sequence[str],
+        *,
+        frames: int,
+        size: int,
+        steps: int,
+        guidance_scale: float,
+    ):
+        self.captions = tuple(captions)
+        self._tokens = tokenizer.encode(self.captions)
+        self._shape = (len(self.captions), frames, size, size, 3)
+        self._guidance, self._sigmas = guidance_scale, FlowMatchingSchedule().sigmas(steps)
+        self._draw = jax.jit(self._sample, static_argnums=0)
+
+    def __call__(
+        self, skeleton: Skeleton, arrays: Arrays
+    ) -> UInt8[np.ndarray, "captions frames size size 3"]:
+        """Return one clip a caption."""
+        arrays = jax.device_put({name: arrays[name] for name in skeleton.names})
+        return np.asarray(self._draw(skeleton, arrays, self._tokens))
+
+    def _sample(self, skeleton: Skeleton, arrays, tokens) -> Array:
+        models = skeleton.join(arrays)
+        context, pooled = models.text_encoder(jnp.concatenate([tokens, 0 * tokens[:1]]))
+        empty = [jnp.broadcast_to(x[-1:], x[:-1].shape) for x in (context, pooled)]
+
+        def velocity(pictures, timestep, context, pooled):
+            noisy = pictures.reshape(-1, *self._shape[1:])
+            return as_pictures(models.transformer(noisy, timestep, context))
+
+        guided = classifier_free_guidance(
+            velocity, Conditioning(context[:-1], pooled[:-1]), Conditioning(*empty), self._guidance
+        )
+        noise = jax.random.normal(jax.random.key(0), self._shape, jnp.float32)
+        clips = euler_sample(guided, as_pictures(noise), self._sigmas).reshape(self._shape)
+        return jnp.round(jnp.clip(127.5 * (clips + 1), 0, 255)).astype(jnp.uint8)
+
+
+def choose_captions(clips: Mapping[str, Clips], count: int = 4) -> tuple[str, ...]:
+    """Return the captions of the first clips of the splits validation and held_out."""
+    return tuple(
+        clips[split][number]["caption"]
+        for split in ("validation", "held_out")
+        for number in range(min(count, len(clips[split])))
+    )
+
+
+def save_samples(videos: np.ndarray, captions: Sequence[str], path: Path) -> None:
+    """Write clips beside each other as an animation, and some of their frames as a sheet.
+
+    Args:
+        videos: uint8 (captions, frames, size, size, 3).
+        captions: Written below the clips.
+        path: Without a suffix; `.gif` and `.png` are added.
+    """
+    from train.moving_emoji import save_gif
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = min(4, len(videos))
+    grids = [image_grid(frame, captions, columns=columns) for frame in videos.swapaxes(0, 1)]
+    save_gif(np.stack([np.asarray(grid) for grid in grids]), path.with_suffix(".gif"))
+    shown = np.linspace(0, videos.shape[1] - 1, min(_SHEET_COLUMNS, videos.shape[1])).astype(int)
+    frames = videos[:, shown].reshape(-1, *videos.shape[2:])
+    image_grid(frames, columns=len(shown), picture_size=64).save(path.with_suffix(".png"))
+
+
+def save_export(
+    folder: Path, models: Models, tokenizer: WordTokenizer, card: Mapping[str, Any], dtype: str
+) -> None:
+    """Write models as safetensors and JSON; parameters of plugged-in attention stay float32."""
+    graph, state = nnx.split(models)
+    narrowed = [
+        (path, variable.replace(jnp.asarray(variable[...], dtype)))
+        if jnp.issubdtype(variable.dtype, jnp.floating) and "attend" not in path
+        else (path, variable)
+        for path, variable in nnx.to_flat_state(state)
+    ]
+    models = nnx.merge(graph, nnx.from_flat_state(narrowed))
+    save_wan_folder(folder / "transformer", models.transformer)
+    encoder = folder / "text_encoder"
+    encoder.mkdir(parents=True, exist_ok=True)
+    save_safetensors(encoder / _WEIGHTS, export_flat(models.text_encoder))
+    plain = dataclasses.replace(
+        models.text_encoder.config, dtype=jnp.float32, param_dtype=jnp.float32
+    )
+    write_atomically(encoder / "config.json", [config_to_json(plain).encode()])
+    tokenizer.save(folder / "tokenizer.json")
+    text = json.dumps(dict(card), indent=2, ensure_ascii=False) + "\n"
+    write_atomically(folder / "card.json", [text.encode()])
+
+
+def load_export(
+    folder: Path,
+    *,
+    precision: str,
+    remat: bool = False,
+    attend: Callable[[int], Attend] | None = None,
+) -> tuple[Models, WordTokenizer, dict[str, Any]]:
+    """Read what `save_export` wrote, with float32 parameters.
+
+    Args:
+        folder: The folder `export` of a run.
+        precision: Dtype of the computation.
+        remat: Recompute each block in the backward pass.
+        attend: Makes the self-attention of a block from its number; full attention if None.
+
+    Returns:
+        The models, the tokenizer and the card.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: A damaged file, or weights that do not fit.
+    """
+    transformer = load_wan_folder(
+        folder / "transformer",
+        dtype=precision,
+        param_dtype=jnp.float32,
+        remat=remat,
+        attend=attend or (lambda number: full_attention),
+    )
+    path = folder / "text_encoder"
+    text = (path / "config.json").read_text(encoding="utf-8")
+    config = config_from_json(TextEncoderConfig, text, str(path / "config.json"))
+    config = dataclasses.replace(config, dtype=precision, param_dtype=jnp.float32)
+    encoder = load_flat(
+        lambda: TextEncoder(config, rngs=nnx.Rngs(0)),
+        load_safetensors(path / _WEIGHTS),
+        str(path / _WEIGHTS),
+    )
+    card = parse_json_object((folder / "card.json").read_bytes(), str(folder / "card.json"))
+    return Models(transformer, encoder), WordTokenizer.load(folder / "tokenizer.json"), card
