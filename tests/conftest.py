@@ -16,6 +16,9 @@ os.environ.setdefault("JAXGEN_CACHE", str(Path(__file__).parent.parent / ".jaxge
 def pytest_configure(config):
     """Run on the CPU, unless GPU tests were asked for (`pytest -m gpu`)."""
     if config.option.markexpr != "gpu":
+        # Tests spend their time in the compiler, not in what it makes. Read with the first use.
+        flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+        os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}".strip()
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", 4)
     jax.config.update("jax_numpy_rank_promotion", "raise")

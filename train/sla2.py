@@ -102,7 +102,7 @@ def train(
         measure = lambda arrays: attention_errors(replaced.evaluation, arrays, check)
         errors = {"new": measure(arrays)}
         if METHODS[config.method].trains_mixing:
-            arrays = calibrated(config, replaced, batch)
+            arrays = calibrated(config, replaced, arrays, batch)
             errors["least_squares"] = measure(arrays)
         first = _stage1(config, replaced, arrays, clips, tokenizer, left(), options)
         if first is not None:
@@ -110,6 +110,9 @@ def train(
                 return first.stopped
             arrays = first.arrays
             errors["stage1"] = measure(arrays)
+            if METHODS[config.method].trains_mixing and config.recalibrate:
+                arrays = calibrated(config, replaced, arrays, batch)
+                errors["recalibrated"] = measure(arrays)
             say(f"relative error of attention: {_means(errors)}")
     at_start = validation(replaced.evaluation, arrays)
     say(f"before fine-tuning: {at_start}")

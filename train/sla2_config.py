@@ -58,8 +58,9 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 class Config(Options):
     """Replace the self-attention of a trained video model by sparse-linear attention (SLA2).
 
-    Stage 1 fits routers and mixing ratios, layer by layer, to what full attention gives for the
-    queries, keys and values of the trained model at random noise levels. Stage 2 fine-tunes the
+    Mixing ratios start at their least squares. Stage 1 fits them and the routers, layer by layer,
+    to what full attention gives for the queries, keys and values of the trained model at random
+    noise levels, with a soft choice of blocks. Stage 2 fine-tunes the
     whole model with the blocks chosen hard, scores quantized and routers frozen. Every method,
     full attention included, gets the same clips, noise and number of steps in stage 2, and the
     same clips, noise and noise levels decide the losses in `report.json`.
@@ -115,6 +116,9 @@ class Config(Options):
     """Learning rate of the mixing logits; AdamW without decay, linear to 0 in the last fifth."""
     router_projection_rate: float = 0.1
     """Learning rate of the routers as a share of that of the logits."""
+    recalibrate: bool = True
+    """Set the mixing ratios by least squares once more after stage 1: its soft choice of blocks
+    moves them away from what suits the hard choice. The paper does not."""
 
     # --- stage 2: everything but the routers ---
     objective: Literal["diffusion", "distillation"] = "diffusion"

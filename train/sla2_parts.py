@@ -210,7 +210,7 @@ def attention_errors(skeleton: Skeleton, arrays: Arrays, batch: Batch) -> list[f
     return np.asarray(errors(arrays, batch["video"], batch["tokens"])).tolist()
 
 
-def calibrated(config: Config, replaced: Replaced, batch: Batch) -> Arrays:
+def calibrated(config: Config, replaced: Replaced, arrays: Arrays, batch: Batch) -> Arrays:
     """Return the arrays with the mixing logits of least squares on one batch."""
 
     @jax.jit
@@ -221,9 +221,9 @@ def calibrated(config: Config, replaced: Replaced, batch: Batch) -> Arrays:
         found = recorded_attention(models, noisy, sigma, tokens)
         return [layer.calibrate_mixing(*inputs, full) for layer, inputs, full in found]
 
-    found = logits(replaced.arrays, batch["video"], batch["tokens"])
+    found = logits(arrays, batch["video"], batch["tokens"])
     blocks = [int(name.split(".blocks.")[1].split(".")[0]) for name in replaced.mixing]
-    return replaced.arrays | {
+    return arrays | {
         name: found[block] for name, block in zip(replaced.mixing, blocks, strict=True)
     }
 

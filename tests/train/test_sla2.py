@@ -114,8 +114,9 @@ def test_both_stages_and_the_report(straight):
     settings, report = straight
     assert json.loads((settings.output / "report.json").read_text()) == report
     errors = report["attention_error"]
-    assert errors.keys() == {"new", "least_squares", "stage1"}
+    assert errors.keys() == {"new", "least_squares", "stage1", "recalibrated"}
     assert errors["least_squares"] < errors["new"]
+    assert errors["recalibrated"] < errors["stage1"]
     assert report["stage1"]["final_loss"] < report["stage1"]["first_loss"]
     assert report["finished"]["validation"] < report["at_start"]["validation"]
     assert report["stage2"]["steps"] == 4
@@ -193,7 +194,7 @@ def test_what_each_method_is_and_trains(pretrained, tmp_path, monkeypatch, metho
     monkeypatch.setattr(sla2, "carry_out", capture)
     monkeypatch.setattr(sla2, "Validation", lambda *_, **__: lambda *_: constant)
     monkeypatch.setattr(sla2, "attention_errors", lambda *_: [0.5])
-    monkeypatch.setattr(sla2, "calibrated", lambda config, replaced, batch: replaced.arrays)
+    monkeypatch.setattr(sla2, "calibrated", lambda config, replaced, arrays, batch: arrays)
     report = run(settings)
     assert (report["method"], report["finished"]) == (method, constant)
     trained = {
