@@ -1,10 +1,11 @@
 """One training run in its folder: a mesh, a compiled step, checkpoints, metrics, hooks.
 
-What is trained is a `Plan`. Programs that train several things, one after another or beside each
-other (`train.text_to_video`, `train.sla2`), make one plan for each.
+What is trained is a `Plan`. A program makes one (`train.text_to_image`, `train.text_to_video`), or
+one for each thing that it trains (`train.sla2`).
 """
 
 import dataclasses
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -223,3 +224,26 @@ def printer(show: bool) -> Callable[[str], Any]:
     if show:
         return lambda message: print(message, file=sys.stderr, flush=True)
     return lambda message: None
+
+
+def parse(config: type[Any]) -> Any:
+    """Return the options of the command line; `config` is a dataclass of `Options`."""
+    try:
+        import tyro
+    except ImportError as error:
+        raise ImportError('the command line needs tyro: pip install "jaxgen[train]"') from error
+    return tyro.cli(config, prog=f"python -m {config.program}")
+
+
+def as_command(train: Callable[[], loop.StopReason]) -> None:
+    """Train as a command, whose exit code tells how it ended.
+
+    0 when finished or out of time, 128 + the signal's number after a signal, and 1 with a message
+    if the folder holds a run with other options.
+    """
+    try:
+        stopped = train()
+    except run_folder.ConfigChangedError as error:
+        raise SystemExit(str(error)) from None
+    if stopped in ("SIGINT", "SIGTERM"):
+        raise SystemExit(128 + signal.Signals[stopped])

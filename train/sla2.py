@@ -6,7 +6,6 @@ options' defaults; the other methods are its baselines and what it has no ablati
 
 import dataclasses
 import json
-import signal
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,10 +16,10 @@ import numpy as np
 from jaxgen.checkpoints import write_atomically
 from jaxgen.sampling import LogitNormal
 from jaxgen.text import WordTokenizer
-from train import run_folder
+from train import loop, run_folder
 from train.clips import Batch, ClipBatches, Clips, render
 from train.metrics import Row, final_loss
-from train.run import Finished, Plan, carry_out, mesh_of, printer
+from train.run import Finished, Plan, as_command, carry_out, mesh_of, parse, printer
 from train.sla2_config import METHODS, Config
 from train.sla2_parts import (
     Replaced,
@@ -54,7 +53,7 @@ def train(
     clips: Mapping[str, Clips] | None = None,
     on_row: Callable[[Row], None] | None = None,
     show_progress: bool = True,
-) -> Report | str:
+) -> Report | loop.StopReason:
     """Do what is left of both stages, validate, export and report.
 
     Args:
@@ -278,23 +277,19 @@ def _summary(stage: Finished | None) -> Report | None:
 def main() -> None:
     """Parse the command line and train; print the report's losses as JSON.
 
-    The exit code is 0 when finished or out of time, 128 + the signal's number after a signal.
+    The exit code tells how it ended, see `run.as_command`.
     """
-    try:
-        import tyro
-    except ImportError as error:
-        raise ImportError('the command line needs tyro: pip install "jaxgen[train]"') from error
+    config = parse(Config)
 
-    try:
-        result = train(tyro.cli(Config, prog=f"python -m {Config.program}"))
-    except run_folder.ConfigChangedError as error:
-        raise SystemExit(str(error)) from None
-    if isinstance(result, str):
-        if result != "time limit":
-            raise SystemExit(128 + signal.Signals[result])
-        return
-    shown = ("method", "kept_fraction", "seed", "attention_error", "at_start", "finished")
-    print(json.dumps({name: result[name] for name in shown}, indent=2))
+    def run() -> loop.StopReason:
+        result = train(config)
+        if isinstance(result, str):
+            return result
+        shown = ("method", "kept_fraction", "seed", "attention_error", "at_start", "finished")
+        print(json.dumps({name: result[name] for name in shown}, indent=2))
+        return "finished"
+
+    as_command(run)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ from the newest checkpoint, exactly; SIGINT and SIGTERM save one first.
 """
 
 import functools
-import signal
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,7 +17,16 @@ from jaxgen.text import WordTokenizer
 from train import openmoji, run_folder
 from train.clips import ClipBatches, Clips
 from train.metrics import JsonLines, Row, final_loss, read_rows
-from train.run import Finished, Hook, Plan, carry_out, mesh_of, printer
+from train.run import (
+    Finished,
+    Hook,
+    Plan,
+    as_command,
+    carry_out,
+    mesh_of,
+    parse,
+    printer,
+)
 from train.state import Arrays, Skeleton, make_optimizer, take_apart
 from train.text_to_video_config import Config
 from train.text_to_video_parts import (
@@ -83,8 +91,8 @@ def train(
         loss=make_loss(
             skeleton, LogitNormal(config.sigma_mean, config.sigma_std, config.sigma_shift)
         ),
-        optimizer=lambda rate: make_optimizer(
-            rate,
+        optimizer=functools.partial(
+            make_optimizer,
             betas=config.betas,
             weight_decay=config.weight_decay,
             gradient_clip=config.gradient_clip,
@@ -179,22 +187,9 @@ def make_card(config: Config, result: Finished) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Parse the command line and train; the exit code tells how it ended.
-
-    0 when finished or out of time, 128 + the signal's number after a signal.
-    """
-    try:
-        import tyro
-    except ImportError as error:
-        raise ImportError('the command line needs tyro: pip install "jaxgen[train]"') from error
-
-    config = tyro.cli(Config, prog=f"python -m {Config.program}")
-    try:
-        result = train(config)
-    except run_folder.ConfigChangedError as error:
-        raise SystemExit(str(error)) from None
-    if result.stopped in ("SIGINT", "SIGTERM"):
-        raise SystemExit(128 + signal.Signals[result.stopped])
+    """Parse the command line and train; the exit code tells how it ended, see `run.as_command`."""
+    config = parse(Config)
+    as_command(lambda: train(config).stopped)
 
 
 if __name__ == "__main__":
