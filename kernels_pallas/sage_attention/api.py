@@ -14,6 +14,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from kernels_pallas import dispatch
 from kernels_pallas.dispatch import Implementation
 from kernels_pallas.mosaic import interpreting
+from kernels_pallas.operands import check_operands
 from kernels_pallas.sage_attention import reference, vjp
 from kernels_pallas.sage_attention.masking import Masking, Structure
 from kernels_pallas.sage_attention.tiling import Tiling
@@ -311,23 +312,7 @@ def _canonical(
 
 
 def _check_operands(query, key, value):
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.dtype.name not in _DTYPES:
-            raise TypeError(f"{name} must have dtype {', '.join(_DTYPES)}, got {x.dtype}")
-        if x.ndim < 3 or min(x.shape) == 0:
-            raise ValueError(
-                f"{name} must have shape (batch, tokens, heads, head_dim) or (tokens, heads, "
-                f"head_dim) with no axis of size 0, got {x.shape}"
-            )
-    if not query.dtype == key.dtype == value.dtype:
-        raise TypeError(
-            "query, key and value must have the same dtype, got "
-            f"{query.dtype}, {key.dtype} and {value.dtype}"
-        )
-    if key.shape != value.shape:
-        raise ValueError(
-            f"key and value must have the same shape, got {key.shape} and {value.shape}"
-        )
+    check_operands(query, key, value, _DTYPES)
     if query.shape[:-3] != key.shape[:-3] or query.shape[-1] != key.shape[-1]:
         raise ValueError(
             f"query and key must agree in batch and head_dim, got {query.shape} and {key.shape}"

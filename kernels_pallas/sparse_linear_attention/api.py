@@ -11,6 +11,7 @@ from jaxtyping import Array, ArrayLike, Float
 from kernels_pallas import dispatch
 from kernels_pallas.dispatch import Implementation
 from kernels_pallas.mosaic import interpreting
+from kernels_pallas.operands import check_operands
 from kernels_pallas.quantize import wide_dtype
 from kernels_pallas.sparse_linear_attention import reference, vjp
 from kernels_pallas.sparse_linear_attention.blocks import Blocks
@@ -272,25 +273,9 @@ def _canonical(
 
 
 def _check_operands(query, key, value, quantize):
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.dtype.name not in _DTYPES:
-            raise TypeError(f"{name} must have dtype {', '.join(_DTYPES)}, got {x.dtype}")
-        if x.ndim < 3 or min(x.shape) == 0:
-            raise ValueError(
-                f"{name} must have shape (batch, tokens, heads, head_dim) or (tokens, heads, "
-                f"head_dim) with no axis of size 0, got {x.shape}"
-            )
-    if not query.dtype == key.dtype == value.dtype:
-        raise TypeError(
-            "query, key and value must have the same dtype, got "
-            f"{query.dtype}, {key.dtype} and {value.dtype}"
-        )
+    check_operands(query, key, value, _DTYPES)
     if query.dtype == jnp.float64 and quantize:
         raise TypeError("float64 cannot be quantized; pass quantize=False")
-    if key.shape != value.shape:
-        raise ValueError(
-            f"key and value must have the same shape, got {key.shape} and {value.shape}"
-        )
     same = (*query.shape[:-3], *query.shape[-2:]) == (*key.shape[:-3], *key.shape[-2:])
     if not same:
         raise ValueError(
