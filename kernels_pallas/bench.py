@@ -3,7 +3,8 @@
 Prints forward, backward and both in milliseconds and TOPS, beside exact attention in bfloat16
 (cuDNN on a GPU, and tokamax where it is installed) in the same process, with everything that a call
 does: smoothing, quantization, transposes. Operations are counted 4 * batch * heads * queries *
-keys * head_dim forward, half of it with a causal mask, and 2.5 times that for the backward pass.
+keys * head_dim forward, half of it with a causal mask, and 2.5 times that for the backward pass;
+for sparse-linear attention as many as full attention has, so that its TOPS are effective ones.
 """
 
 import argparse
@@ -26,9 +27,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas import explain, sage_attention
+from kernels_pallas import (
+    explain,
+    explain_sparse_linear_attention,
+    sage_attention,
+    sparse_linear_attention,
+)
 
-OPERATIONS = ("sage_attention",)
+OPERATIONS = ("sage_attention", "sparse_linear_attention")
+_SPARSE = OPERATIONS[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +47,18 @@ class Shape:
     heads: int
     head_dim: int
     causal: bool
+    sparsity: float | None = None
 
     def operations(self, name: str) -> float:
         """Multiplications and additions of a pass."""
         forward = 4.0 * self.batch * self.heads * self.tokens**2 * self.head_dim
         forward *= 0.5 if self.causal else 1.0
         return forward * {"forward": 1.0, "backward": 2.5, "forward_backward": 3.5}[name]
+
+    def record(self) -> dict[str, Any]:
+        """Returns the fields of a record; sparsity where it is meant."""
+        fields = dataclasses.asdict(self)
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 def milliseconds(function: Callable[..., Any], *arguments: Any, runs: int) -> float:
@@ -109,6 +122,14 @@ def both_passes(
     return out, pullback(d_out)
 
 
+def mebibytes(attend: Callable[..., Any], inputs: Sequence[jax.Array]) -> float:
+    """Most memory that both passes need, their inputs and results included."""
+    program = jax.jit(functools.partial(both_passes, attend))
+    memory = program.lower(*inputs).compile().memory_analysis()
+    kinds = ("argument", "output", "temp")
+    return sum(getattr(memory, f"{kind}_size_in_bytes") for kind in kinds) / 2**20
+
+
 def draw_inputs(size: tuple[int, int, int, int]) -> list[jax.Array]:
     """Query, key, value and the gradient of the output, normal, in bfloat16."""
     keys = jax.random.split(jax.random.key(0), 4)
@@ -132,25 +153,44 @@ def exact_attention(shape: Shape) -> dict[str, Callable[..., jax.Array]]:
     return {name: functools.partial(f, is_causal=shape.causal) for name, f in theirs.items()}
 
 
+def attention(shape: Shape, implementation: Any) -> Callable[..., Any]:
+    """What is timed: INT8 attention or, where there is a sparsity, sparse-linear attention."""
+    if shape.sparsity is None:
+        return functools.partial(
+            sage_attention, is_causal=shape.causal, implementation=implementation
+        )
+    return functools.partial(
+        sparse_linear_attention,
+        mixing_logits=jnp.full((shape.heads,), 2.0),
+        kept_fraction=round(1.0 - shape.sparsity, 6),
+        implementation=implementation,
+    )
+
+
 def measure(shape: Shape, implementation: Any, runs: int) -> list[dict[str, Any]]:
     """Times one shape and returns a record for each pass."""
     inputs = draw_inputs((shape.batch, shape.tokens, shape.heads, shape.head_dim))
-    ours = functools.partial(sage_attention, is_causal=shape.causal, implementation=implementation)
+    ours, memory = attention(shape, implementation), {}
     with jax.numpy_dtype_promotion("standard"):  # jax.nn relies on it for 16 bits
         ms = time_passes(ours, inputs, runs)
         theirs = {
             name: time_passes(attend, inputs, runs)
             for name, attend in exact_attention(shape).items()
         }
+        if shape.sparsity is not None:
+            exact = next(iter(exact_attention(shape).values()))
+            for name, attend in (("mib", ours), ("exact_mib", exact)):
+                memory[name] = round(mebibytes(attend, inputs), 1)
     return [
         {
-            "op": "sage_attention",
+            "op": "sage_attention" if shape.sparsity is None else _SPARSE,
             "pass": name,
-            **dataclasses.asdict(shape),
+            **shape.record(),
             "ms": round(ms[name], 3),
             **{field: round(times[name], 3) for field, times in theirs.items()},
             "ratio": round(next(iter(theirs.values()))[name] / ms[name], 3),
             "tops": float(f"{shape.operations(name) / ms[name] / 1e9:.4g}"),
+            **(memory if name == "forward_backward" else {}),
             "device": jax.devices()[0].device_kind,
             "jax": jax.__version__,
             "commit": _commit(),
@@ -178,27 +218,37 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         shape = ", ".join(str(record[name]) for name in ("batch", "tokens", "heads", "head_dim"))
         exact = record.get("cudnn_ms", record.get("exact_ms"))
         lines.append(
-            f"{shape:>22} {'causal' if record['causal'] else 'full':>7} {record['pass']:>17} "
+            f"{shape:>22} {_mask(record):>7} {record['pass']:>17} "
             f"{record['ms']:9.3f} {exact:9.3f} {record['ratio']:6.2f} {record['tops']:7.1f}"
             + (f" {record['tokamax_ms']:9.3f}" if "tokamax_ms" in record else "")
         )
     return "\n".join(lines)
 
 
+def _mask(record: dict[str, Any]) -> str:
+    """What is left of all pairs of queries and keys."""
+    if record.get("sparsity"):
+        return f"{record['sparsity']:.0%}"
+    return "causal" if record["causal"] else "full"
+
+
 def markdown(records: Sequence[dict[str, Any]]) -> str:
-    """The records as a table for a document: a line a shape, forward and both passes beside."""
+    """The records of one operation as a table for a document: a line a shape, two passes beside."""
+    sparse = any("sparsity" in record for record in records)
+    second = "backward" if sparse else "forward_backward"
+    title = "sparsity" if sparse else "mask", "backward" if sparse else "both passes"
     lines = [
-        "| batch, tokens, heads, head_dim | mask | forward | cuDNN | ratio | both passes | cuDNN "
-        "| ratio |",
+        f"| batch, tokens, heads, head_dim | {title[0]} | forward | cuDNN | ratio | {title[1]} "
+        "| cuDNN | ratio |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     shapes: dict[tuple[Any, ...], dict[str, Any]] = {}
     for record in records:
-        names = (field.name for field in dataclasses.fields(Shape))
-        shapes.setdefault(tuple(record[name] for name in names), {})[record["pass"]] = record
-    for (*size, causal), passes_of_shape in shapes.items():
-        cells = [", ".join(map(str, size)), "causal" if causal else "full"]
-        for name in ("forward", "forward_backward"):
+        size = ", ".join(str(record[name]) for name in ("batch", "tokens", "heads", "head_dim"))
+        shapes.setdefault((size, _mask(record)), {})[record["pass"]] = record
+    for cells, passes_of_shape in shapes.items():
+        cells = [*cells]
+        for name in ("forward", second):
             record = passes_of_shape[name]
             exact = record.get("cudnn_ms", record.get("exact_ms"))
             cells += [f"{record['ms']:.2f} ms", f"{exact:.2f} ms", f"{record['ratio']:.2f}"]
@@ -214,14 +264,14 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
     figure = matplotlib.figure.Figure(figsize=(5 * len(names), 4.2), layout="constrained")
     panels = figure.subplots(1, len(names), squeeze=False)[0]
     for name, axes in zip(names, panels, strict=True):
-        lines: dict[tuple[int, int, bool], list[dict[str, Any]]] = {}
+        lines: dict[tuple[int, int, str], list[dict[str, Any]]] = {}
         for record in records:
             if record["pass"] == name:
-                kind = record["batch"], record["head_dim"], record["causal"]
+                kind = record["batch"], record["head_dim"], _mask(record)
                 lines.setdefault(kind, []).append(record)
-        for (batch, head_dim, causal), line in lines.items():
+        for (batch, head_dim, mask), line in lines.items():
             tokens = [record["tokens"] for record in line]
-            label = f"head_dim {head_dim}, {'causal' if causal else 'full'}"
+            label = f"head_dim {head_dim}, {mask}"
             label += f", batch {batch}" if batch > 1 else ""
             (drawn,) = axes.plot(tokens, [r["tops"] for r in line], marker="o", label=label)
             exact = [r["tops"] / r["ratio"] for r in line]
@@ -235,15 +285,32 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def _shapes(options: argparse.Namespace) -> list[Shape]:
+    """What was asked for, in order."""
+    masks = {"full": [False], "causal": [True], "both": [False, True]}[options.mask]
+    sparsities = [None]
+    if options.op == _SPARSE:
+        masks, sparsities = [False], options.sparsity
+    return [
+        Shape(options.batch, tokens, options.heads, head_dim, causal, sparsity)
+        for tokens, head_dim, causal, sparsity in itertools.product(
+            options.tokens, options.head_dim, masks, sparsities
+        )
+    ]
+
+
 def _measure_all(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Times all shapes; what was measured is written at once, should the rest be cut off."""
-    masks = {"full": [False], "causal": [True], "both": [False, True]}[options.mask]
-    size = (options.batch, options.tokens[0], options.heads, options.head_dim[0])
-    array = jax.ShapeDtypeStruct(size, jnp.bfloat16)
-    print(explain(array, array, array, implementation=options.implementation), file=sys.stderr)
+    shapes = _shapes(options)
+    size = (shapes[0].batch, shapes[0].tokens, shapes[0].heads, shapes[0].head_dim)
+    operands, how = [jax.ShapeDtypeStruct(size, jnp.bfloat16)] * 3, {}
+    if options.op == _SPARSE:
+        operands.append(jax.ShapeDtypeStruct((shapes[0].heads,), jnp.float32))
+        how["kept_fraction"] = round(1.0 - options.sparsity[0], 6)
+    describe = explain_sparse_linear_attention if options.op == _SPARSE else explain
+    print(describe(*operands, implementation=options.implementation, **how), file=sys.stderr)
     records = []
-    for tokens, head_dim, causal in itertools.product(options.tokens, options.head_dim, masks):
-        shape = Shape(options.batch, tokens, options.heads, head_dim, causal)
+    for shape in shapes:
         records += measure(shape, options.implementation, options.runs)
         print(table(records[-3:]).split("\n", 1)[1], file=sys.stderr)
         if options.json:
@@ -255,7 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, measure, print, and write what was asked for."""
     parser = argparse.ArgumentParser(
         prog="python -m kernels_pallas.bench",
-        description="Time INT8 attention beside exact bfloat16 attention on this device.",
+        description="Time our attention beside exact bfloat16 attention on this device.",
     )
     add = functools.partial(parser.add_argument, metavar="N")
     parser.add_argument("op", choices=OPERATIONS, help="what to time")
@@ -263,6 +330,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--heads", type=int, default=16, help="heads")
     add("--tokens", type=int, nargs="+", default=[4096, 16384, 32768], help="lengths")
     add("--head-dim", type=int, nargs="+", default=[64, 128], help="sizes of a head")
+    parser.add_argument(
+        "--sparsity",
+        type=float,
+        nargs="+",
+        default=[0.97, 0.95],
+        metavar="X",
+        help="of sparse-linear attention: shares of blocks without softmax attention",
+    )
     add("--runs", type=int, default=10, help="calls in a program")
     parser.add_argument(
         "--mask", choices=("full", "causal", "both"), default="both", help="which masks"
@@ -277,9 +352,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if min(options.batch, options.heads, options.runs, *options.tokens, *options.head_dim) < 1:
         parser.error("batch, heads, runs, tokens and head-dim must be at least 1")
+    if not all(0 <= sparsity < 1 for sparsity in options.sparsity):
+        parser.error(f"sparsity must be from 0 to less than 1, got {options.sparsity}")
 
     if options.records:
         records = json.loads(options.records.read_text(encoding="utf-8"))
+        records = [record for record in records if record.get("op", options.op) == options.op]
     else:
         records = _measure_all(options)
     print(markdown(records) if options.markdown else table(records))

@@ -20,8 +20,8 @@ class Barriers(NamedTuple):
 
     Attributes:
         fixed: for each warpgroup, its own tiles have arrived.
-        shared: what all warpgroups read throughout has arrived.
-        met: all warpgroups are here.
+        shared: what all warpgroups read throughout has arrived, if there is such.
+        met: all warpgroups are here; only if they ever meet.
         arrived: for each group of operands and each slot, they have arrived.
         free: for each group and slot, all warpgroups are done with them.
         stages: number of slots.
@@ -109,6 +109,7 @@ def launch(
     grid: tuple[int, int, int],
     name: str,
     fixed_arrivals: int = 2,
+    meets: bool = False,
 ) -> Sequence[jax.Array]:
     """Runs a kernel of a team and one warpgroup that keeps `stages` steps in flight.
 
@@ -124,6 +125,7 @@ def launch(
         grid: sizes of the axes "batch", "heads" and "block".
         name: what profiles show.
         fixed_arrivals: copies that a warpgroup makes to `fixed`.
+        meets: whether the warpgroups wait for each other.
     """
     arrays, structure = jax.tree.flatten(operands)
 
@@ -170,8 +172,8 @@ def launch(
             tuple(shared),
             tuple(moving),
             plgpu.Barrier(num_arrivals=fixed_arrivals, num_barriers=team.size),
-            plgpu.Barrier(num_arrivals=max(1, len(shared))),
-            plgpu.Barrier(num_arrivals=team.size),
+            plgpu.Barrier(num_arrivals=len(shared)) if shared else (),
+            plgpu.Barrier(num_arrivals=team.size) if meets else (),
             tuple(plgpu.Barrier(num_arrivals=len(g), num_barriers=stages) for g in moving),
             (plgpu.Barrier(num_arrivals=team.size, num_barriers=stages),) * len(moving),
             collective_axes="wg",

@@ -264,6 +264,7 @@ def query_gradient(
         team=TEAM,
         grid=(batch, heads, blocks),
         name="sparse_linear_attention_query_gradient",
+        meets=True,
     )
     return QueryGradients(*results)
 
@@ -466,5 +467,6 @@ def key_value_gradients(
         grid=(batch, heads, blocks),
         name="sparse_linear_attention_key_value_gradients",
         fixed_arrivals=1,
+        meets=True,
     )
     return dk, dv, sums

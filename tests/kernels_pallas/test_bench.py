@@ -37,9 +37,28 @@ def test_writes_records_table_and_plot(tmp_path, capsys):
 def test_documents_show_the_records():
     root = Path(__file__).parents[2]
     records = json.loads((root / "kernels_pallas/results/h100.json").read_text())
-    assert bench.markdown(records) in (root / "README.md").read_text()
+    for op in bench.OPERATIONS:
+        shown = bench.markdown([record for record in records if record["op"] == op])
+        assert shown in (root / "README.md").read_text()
     for record in records:
         assert record["ratio"] == pytest.approx(record["cudnn_ms"] / record["ms"], abs=0.01)
+
+
+def test_sparse_linear_attention(tmp_path, capsys):
+    options = "--tokens 256 --head-dim 16 --heads 1 --runs 1 --sparsity 0.5 0.75"
+    file = tmp_path / "x.json"
+    bench.main(["sparse_linear_attention", *options.split(), "--json", str(file)])
+    records = json.loads(file.read_text())
+    assert [(r["sparsity"], r["pass"]) for r in records[::3]] == [
+        (0.5, "forward"),
+        (0.75, "forward"),
+    ]
+    assert all(record["op"] == "sparse_linear_attention" for record in records)
+    assert records[2]["mib"] > 0
+    assert records[2]["exact_mib"] > 0
+    assert capsys.readouterr().out.count("75%") == 3
+    line = bench.markdown(records).splitlines()[-1]
+    assert line.startswith("| 1, 256, 1, 16 | 75% |")
 
 
 def test_shows_records_again(tmp_path, capsys):
@@ -72,8 +91,15 @@ def test_counts_operations():
     assert causal.operations("forward_backward") == 3.5 * shape.operations("forward") / 2
 
 
-@pytest.mark.parametrize("arguments", [["flash"], ["sage_attention", "--tokens", "0"]])
-def test_refuses_what_it_cannot_time(arguments, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["flash"], "flash"),
+        (["sage_attention", "--tokens", "0"], "at least 1"),
+        (["sparse_linear_attention", "--sparsity", "1"], "less than 1, got"),
+    ],
+)
+def test_refuses_what_it_cannot_time(arguments, message, capsys):
     with pytest.raises(SystemExit):
         bench.main(arguments)
-    assert "flash" in (error := capsys.readouterr().err) or "at least 1" in error
+    assert message in capsys.readouterr().err
