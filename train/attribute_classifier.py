@@ -114,10 +114,10 @@ def train(
         return jnp.mean(sum(losses))
 
     step = jax.jit(
-        make_train_step(loss, optimizer, learning_rate=rate, ema_decay=0.998, seed=config.seed),
+        make_train_step(loss, optimizer, learning_rate=rate, ema_decay=0.998),
         donate_argnums=0,
     )
-    state = create_state(arrays, {}, optimizer)
+    state = create_state(arrays, {}, optimizer, config.seed)
     rng = np.random.default_rng(config.seed)
     started = time.monotonic()
     bar = tqdm(range(config.steps), unit="step", disable=not show_progress, mininterval=1.0)

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jaxtyping import Array
 
 from train import loop, run_folder
 from train.checkpoint import Checkpoints, abstract
@@ -132,17 +134,16 @@ def carry_out(
     folder = run_folder.claim(config)
     rate = config.learning_rate_schedule()
     optimizer = plan.optimizer(rate)
+    seed = jnp.uint32(config.seed)
 
-    def initialize(arrays: Arrays) -> TrainState:
+    def initialize(arrays: Arrays, seed: Array) -> TrainState:
         params = {name: array for name, array in arrays.items() if name in plan.trained}
         frozen = {name: array for name, array in arrays.items() if name not in plan.trained}
-        return create_state(params, frozen, optimizer)
+        return create_state(params, frozen, optimizer, seed)
 
-    shapes = jax.eval_shape(initialize, dict(plan.shapes))
+    shapes = jax.eval_shape(initialize, dict(plan.shapes), seed)
     shardings = state_shardings(shapes, mesh)
-    step = make_train_step(
-        plan.loss, optimizer, learning_rate=rate, ema_decay=config.ema_decay, seed=config.seed
-    )
+    step = make_train_step(plan.loss, optimizer, learning_rate=rate, ema_decay=config.ema_decay)
     train_step = jax.jit(
         step,
         in_shardings=(shardings, jax.NamedSharding(mesh, BATCH_SPEC)),
@@ -156,7 +157,7 @@ def carry_out(
             stream.set_state(extra["data"])
             say(f"resuming {folder} at step {int(state.step)} of {config.steps}")
         else:
-            state = jax.jit(initialize, out_shardings=shardings)(plan.make())
+            state = jax.jit(initialize, out_shardings=shardings)(plan.make(), seed)
             extra = {"seconds": 0.0}
         first_step = int(state.step)
 

@@ -95,7 +95,7 @@ def train(
     )
 
     first, arrays, errors = None, replaced.arrays, {}
-    if replaced.mixing:
+    if replaced.mixing or replaced.projections:
         batch = _first_clips(clips["train"], tokenizer, config.router_batch_size)
         check = _first_clips(clips["validation"], tokenizer, config.router_batch_size)
         measure = lambda arrays: attention_errors(replaced.evaluation, arrays, check)
@@ -162,10 +162,12 @@ def _stage1(
     time_limit: float | None,
     options: Mapping[str, Any],
 ) -> Finished | None:
-    """Fit routers and mixing ratios; None if the method has nothing to fit."""
+    """Fit what the method fits to full attention; None if that is nothing."""
     method = METHODS[config.method]
-    trained = (replaced.routers if method.trains_routers else frozenset()) | (
-        frozenset(replaced.mixing) if method.trains_mixing else frozenset()
+    trained = frozenset().union(
+        replaced.routers if method.trains_routers else (),
+        replaced.projections if method.trains_projections else (),
+        replaced.mixing if method.trains_mixing else (),
     )
     if not trained or not config.router_steps:
         return None

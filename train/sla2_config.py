@@ -19,6 +19,7 @@ class Method:
     Attributes:
         kind: Which layer takes the place of self-attention.
         trains_routers: Stage 1 trains the routers; otherwise they stay the identity.
+        trains_projections: Stage 1 trains the projections of SLA, which has no such stage.
         trains_mixing: Least squares, stage 1 and stage 2 set the mixing ratios; otherwise they stay
             what `initial_logit` says.
         initial_logit: Mixing logit of a new layer.
@@ -28,6 +29,7 @@ class Method:
 
     kind: AttentionKind
     trains_routers: bool = False
+    trains_projections: bool = False
     trains_mixing: bool = False
     initial_logit: float = 2.0
     quantize: bool = False
@@ -42,6 +44,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         # What the linear branch is worth: none of it, with the router of SLA.
         "sparse": Method(**_SLA2, initial_logit=ALL_SPARSE),
         "sla1": Method("sla1"),
+        "sla1-fitted": Method("sla1", trains_projections=True),
         "sla2": Method(**_SLA2, trains_routers=True, trains_mixing=True),
         "sla2-untrained-router": Method(**_SLA2, trains_mixing=True),
         # The mean of both branches, half their plain sum: what mixing knows without a parameter.
@@ -69,6 +72,7 @@ class Config(Options):
         sparse                 the chosen blocks alone; router of SLA
         sla1                   SLA: sparse attention + a projection of linear attention; not
                                quantized
+        sla1-fitted            SLA after a stage 1 for its projections, as they start from zero
         sla2                   the method
         sla2-untrained-router  with the router of SLA
         sla2-fixed-alpha       with the mean of both branches instead of a trained ratio

@@ -11,7 +11,13 @@ import optax
 from flax import nnx
 from jaxtyping import Array
 
-from jaxgen.layers import MixingParam, RouterParam, SLA1Attention, SparseLinearAttention
+from jaxgen.layers import (
+    MixingParam,
+    ProjectionParam,
+    RouterParam,
+    SLA1Attention,
+    SparseLinearAttention,
+)
 from jaxgen.models.wan import Attend, WanConfig
 from jaxgen.sampling import LogitNormal, add_noise
 from train.clips import Batch
@@ -39,6 +45,7 @@ class Replaced:
         evaluation: As it is validated.
         arrays: The arrays of all three, by name.
         routers: Names of the routers.
+        projections: Names of the projections of SLA.
         mixing: Names of the mixing logits, block by block.
     """
 
@@ -47,6 +54,7 @@ class Replaced:
     evaluation: Skeleton
     arrays: Arrays
     routers: frozenset[str]
+    projections: frozenset[str]
     mixing: tuple[str, ...]
 
 
@@ -103,6 +111,7 @@ def replace_attention(config: Config, teacher: Models, shape: tuple[int, int, in
         evaluation=take_apart(_changed(models, quantize=method.quantize_evaluation))[0],
         arrays=arrays,
         routers=names_of(models, RouterParam),
+        projections=names_of(models, ProjectionParam),
         mixing=tuple(name for name in skeleton.names if name in mixing),
     )
 

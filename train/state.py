@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int32, PRNGKeyArray
+from jaxtyping import Array, Float, Int32, PRNGKeyArray, UInt32
 
 type Arrays = dict[str, Array]
 type Batch = Mapping[str, Array]
@@ -67,6 +67,7 @@ class TrainState:
 
     Attributes:
         step: Batches seen. Random keys are folded from the seed and this number.
+        seed: Of the run; an array, so that runs which differ in it share a compiled step.
         params: Trained arrays by name.
         ema: Their exponential moving average.
         frozen: Arrays that are not trained (position tables, a borrowed text encoder).
@@ -76,6 +77,7 @@ class TrainState:
     """
 
     step: Int32[Array, ""]
+    seed: UInt32[Array, ""]
     params: Arrays
     ema: Arrays
     frozen: Arrays
@@ -85,11 +87,15 @@ class TrainState:
 
 
 def create_state(
-    params: Arrays, frozen: Arrays, optimizer: optax.GradientTransformation
+    params: Arrays,
+    frozen: Arrays,
+    optimizer: optax.GradientTransformation,
+    seed: int | UInt32[Array, ""] = 0,
 ) -> TrainState:
     """Return the state before the first step; the average starts at the parameters."""
     return TrainState(
         step=jnp.int32(0),
+        seed=jnp.asarray(seed, jnp.uint32),
         params=params,
         ema=jax.tree.map(jnp.copy, params),
         frozen=frozen,
@@ -133,7 +139,6 @@ def make_train_step(
     *,
     learning_rate: optax.Schedule,
     ema_decay: float,
-    seed: int,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Return the function of one update, to be compiled by the caller.
 
@@ -146,11 +151,10 @@ def make_train_step(
         optimizer: Applied to the gradients of `params`.
         learning_rate: Reported in the metrics; the one that `optimizer` was built with.
         ema_decay: Largest decay of the average, in [0, 1).
-        seed: Seed of the keys.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         value, gradients = jax.value_and_grad(loss)(state.params, state.frozen, batch, key)
         norm = _global_norm(gradients)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
@@ -170,6 +174,7 @@ def make_train_step(
         skip = 1 - finite.astype(jnp.int32)
         new_state = TrainState(
             step=state.step + 1,
+            seed=state.seed,
             params=keep_if_finite(params, state.params),
             ema=keep_if_finite(ema, state.ema),
             frozen=state.frozen,

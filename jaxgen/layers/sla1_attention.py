@@ -24,12 +24,16 @@ FeatureMap = Literal["softmax", "elu", "relu"]
 _OURS, _TURBO_DIFFUSION = ".attn1.attend.", ".self_attn.attn_op.local_attn.proj_l."
 
 
+class ProjectionParam(nnx.Param):
+    """A part of the projection of linear attention, so that training can tell it apart."""
+
+
 class Projection(nnx.Module):
     """`x W' + b` in float32 with W as torch stores it, (out, in); zero at the start."""
 
     def __init__(self, dim: int):
-        self.weight = nnx.Param(jnp.zeros((dim, dim), jnp.float32))
-        self.bias = nnx.Param(jnp.zeros((dim,), jnp.float32))
+        self.weight = ProjectionParam(jnp.zeros((dim, dim), jnp.float32))
+        self.bias = ProjectionParam(jnp.zeros((dim,), jnp.float32))
 
     def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
         """Projects the last axis."""

@@ -52,7 +52,7 @@ def loss(params, frozen, batch, key):
 
 
 STEP = jax.jit(
-    make_train_step(loss, OPTIMIZER, learning_rate=lambda n: 0.1, ema_decay=0.9, seed=0),
+    make_train_step(loss, OPTIMIZER, learning_rate=lambda n: 0.1, ema_decay=0.9),
     donate_argnums=0,
 )
 

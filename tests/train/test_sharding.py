@@ -77,7 +77,7 @@ def train(mesh, steps=5):
     state = create_state(params, {}, optimizer)
     shardings = state_shardings(state, mesh)
     step = jax.jit(
-        make_train_step(loss, optimizer, learning_rate=lambda n: 0.1, ema_decay=0.9, seed=0),
+        make_train_step(loss, optimizer, learning_rate=lambda n: 0.1, ema_decay=0.9),
         in_shardings=(shardings, jax.NamedSharding(mesh, BATCH_SPEC)),
         out_shardings=(shardings, jax.NamedSharding(mesh, jax.P())),
         donate_argnums=0,

@@ -205,6 +205,7 @@ def test_what_each_method_is_and_trains(pretrained, tmp_path, monkeypatch, metho
         "full": {"stage2": set()},
         "sparse": {"stage2": set()},
         "sla1": {"stage2": {"proj_l.weight", "proj_l.bias"}},
+        "sla1-fitted": {stage: {"proj_l.weight", "proj_l.bias"} for stage in ("stage1", "stage2")},
         "sla2-untrained-router": {"stage1": {"mixing_logits"}, "stage2": {"mixing_logits"}},
         "sla2-fixed-alpha": {"stage1": {"query_router", "key_router"}, "stage2": set()},
     }
@@ -212,7 +213,7 @@ def test_what_each_method_is_and_trains(pretrained, tmp_path, monkeypatch, metho
     assert trained == expected.get(method, both)
     assert len(plans["stage2"].trained) > 20  # everything else
     layer = attention_factory(settings, TINY, 64)(0)
-    kinds = {"full": type(full_attention), "sla1": SLA1Attention}
+    kinds = {"full": type(full_attention)} | dict.fromkeys(("sla1", "sla1-fitted"), SLA1Attention)
     assert type(layer) is kinds.get(method, SparseLinearAttention)
     if isinstance(layer, SparseLinearAttention):
         alpha = {"sparse": 1.0, "sla2-fixed-alpha": 0.5}.get(method, 0.8808)
@@ -306,7 +307,7 @@ def test_command_lines(pretrained, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "sla3"}, "method must be one of full, sparse, sla1, sla2, .* got 'sla3'"),
+        ({"method": "sla3"}, "method must be one of full, sparse, sla1, .* got 'sla3'"),
         ({"kept_fraction": 0.0}, "kept_fraction must be more than 0 and at most 1, got 0.0"),
         ({"objective": "gan"}, r"objective must be one of \('diffusion', 'distillation'\)"),
         ({"router_steps": -1}, "router_steps must be at least 0, got router_steps=-1"),

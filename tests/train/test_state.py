@@ -33,9 +33,7 @@ def start(loss=quadratic, optimizer=None, ema_decay=0.5):
     optimizer = optax.sgd(RATE) if optimizer is None else optimizer
     params = {"weight": jnp.zeros((2, 3)), "bias": jnp.ones(3)}
     state = create_state(params, {"offset": jnp.float32(10)}, optimizer)
-    step = make_train_step(
-        loss, optimizer, learning_rate=lambda count: RATE, ema_decay=ema_decay, seed=3
-    )
+    step = make_train_step(loss, optimizer, learning_rate=lambda count: RATE, ema_decay=ema_decay)
     return state, jax.jit(step)
 
 

@@ -32,7 +32,8 @@ class Experiment:
     """
 
     each: Config
-    """Options of every run; its output, method, kept_fraction and seed are replaced."""
+    """Options of every run; its output, method, kept_fraction and seed are replaced, and the first
+    seed alone draws samples."""
     output: Path = Path("runs/sla2-experiment")
     """Folder of all runs, and of table.md and results.json."""
     methods: tuple[str, ...] = tuple(METHODS)
@@ -62,6 +63,7 @@ class Experiment:
                         method=method,
                         kept_fraction=fraction,
                         seed=seed,
+                        samples=self.each.samples and seed == self.seeds[0],
                     )
                     for fraction in fractions
                 ]
