@@ -23,7 +23,16 @@ from train.checkpoint import Checkpoints, abstract
 from train.metrics import JsonLines, Meter, Row, TensorBoard, Writer, read_rows
 from train.options import Options
 from train.sharding import BATCH_SPEC, gather, make_mesh, place_batch, state_shardings
-from train.state import Arrays, Loss, Skeleton, TrainState, create_state, make_train_step
+from train.state import (
+    Arrays,
+    Batch,
+    Loss,
+    Metrics,
+    Skeleton,
+    TrainState,
+    create_state,
+    make_train_step,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +159,11 @@ def carry_out(
         out_shardings=(shardings, jax.NamedSharding(mesh, jax.P())),
         donate_argnums=0,
     )
+
+    def step_on_mesh(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        with jax.set_mesh(mesh):  # not around the hooks, which run on one device
+            return train_step(state, batch)
+
     with Checkpoints(folder / "checkpoints", config.keep) as checkpoints:
         restored = checkpoints.restore(abstract(shapes, shardings))
         if restored:
@@ -177,32 +191,31 @@ def carry_out(
         )
         limit = config.time_limit
         try:
-            with jax.set_mesh(mesh):
-                state, stopped = loop.run(
-                    state,
-                    train_step,
-                    stream,
-                    lambda batch: place_batch(batch, mesh),
-                    limits=loop.Limits(
-                        steps=config.steps,
-                        save_every=config.save_every,
-                        skips_in_a_row=config.skips_in_a_row,
-                        deadline=None if limit is None else started + limit,
-                    ),
-                    checkpoints=checkpoints,
-                    meter=Meter(config.batch_size, config.log_every),
-                    writers=writers,
-                    hooks=[
-                        loop.Hook(
-                            hook.every,
-                            lambda step, state, hook=hook: hook.run(step, averaged(state)),
-                        )
-                        for hook in hooks
-                    ],
-                    extra=lambda: {"seconds": seconds()},
-                    on_row=on_row,
-                    show_progress=show_progress,
-                )
+            state, stopped = loop.run(
+                state,
+                step_on_mesh,
+                stream,
+                lambda batch: place_batch(batch, mesh),
+                limits=loop.Limits(
+                    steps=config.steps,
+                    save_every=config.save_every,
+                    skips_in_a_row=config.skips_in_a_row,
+                    deadline=None if limit is None else started + limit,
+                ),
+                checkpoints=checkpoints,
+                meter=Meter(config.batch_size, config.log_every),
+                writers=writers,
+                hooks=[
+                    loop.Hook(
+                        hook.every,
+                        lambda step, state, hook=hook: hook.run(step, averaged(state)),
+                    )
+                    for hook in hooks
+                ],
+                extra=lambda: {"seconds": seconds()},
+                on_row=on_row,
+                show_progress=show_progress,
+            )
         finally:
             for writer in writers:
                 writer.close()
