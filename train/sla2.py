@@ -14,7 +14,6 @@ import jax
 import numpy as np
 
 from jaxgen.checkpoints import write_atomically
-from jaxgen.sampling import LogitNormal
 from jaxgen.text import WordTokenizer
 from train import loop, run_folder
 from train.clips import Batch, ClipBatches, Clips, render
@@ -98,7 +97,7 @@ def train(
     if replaced.mixing or replaced.projections:
         batch = _first_clips(clips["train"], tokenizer, config.router_batch_size)
         check = _first_clips(clips["validation"], tokenizer, config.router_batch_size)
-        measure = lambda arrays: attention_errors(replaced.evaluation, arrays, check)
+        measure = lambda arrays: attention_errors(config, replaced, arrays, check)
         errors = {"new": measure(arrays)}
         if METHODS[config.method].trains_mixing:
             arrays = calibrated(config, replaced, arrays, batch)
@@ -188,7 +187,7 @@ def _stage1(
         shapes=_shapes(arrays),
         make=lambda: arrays,
         trained=trained,
-        loss=make_router_loss(replaced.stage1, _levels(config)),
+        loss=make_router_loss(replaced.stage1, config.noise_levels()),
         optimizer=lambda rate: make_router_optimizer(config, replaced.routers, rate),
     )
     with _stream(stage, clips, tokenizer) as stream:
@@ -209,11 +208,11 @@ def _stage2(
     stage = dataclasses.replace(config, output=config.output / "stage2", time_limit=time_limit)
     mixing = frozenset(replaced.mixing)
     fixed = replaced.routers | (frozenset() if METHODS[config.method].trains_mixing else mixing)
-    loss = make_loss(replaced.stage2, _levels(config))
+    loss = make_loss(replaced.stage2, config.noise_levels())
     if config.objective == "distillation":
         skeleton, weights = take_apart(teacher)
         arrays = with_teacher(arrays, weights)
-        loss = make_distillation_loss(replaced.stage2, skeleton, _levels(config))
+        loss = make_distillation_loss(replaced.stage2, skeleton, config.noise_levels())
     plan = Plan(
         title=f"{config.method}, stage 2",
         skeleton=replaced.stage2,
@@ -247,10 +246,6 @@ def _stream(config: Config, clips: Mapping[str, Clips], tokenizer: WordTokenizer
 def _first_clips(clips: Clips, tokenizer: WordTokenizer, count: int) -> Batch:
     videos, captions = render(clips, range(min(count, len(clips))))
     return {"video": videos, "tokens": tokenizer.encode(captions)}
-
-
-def _levels(config: Config) -> LogitNormal:
-    return LogitNormal(config.sigma_mean, config.sigma_std, config.sigma_shift)
 
 
 def _shapes(arrays: Arrays) -> dict[str, jax.ShapeDtypeStruct]:

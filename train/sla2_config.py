@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import ClassVar, Literal
 
 from jaxgen.layers import ALL_SPARSE
+from jaxgen.sampling import LogitNormal
 from train.options import WATCHING, Options
 
 type AttentionKind = Literal["full", "sla1", "sla2"]
@@ -110,6 +111,9 @@ class Config(Options):
     """Dtype of the computation; parameters, norms, loss and optimizer are float32 always."""
     remat: bool = False
     """Recompute each block in the backward pass of stage 2."""
+    scan: bool = True
+    """Compile one block and loop over the weights of all, but in stage 2, which would then keep
+    more activations."""
 
     # --- stage 1: routers and mixing ratios ---
     router_steps: int = 200
@@ -208,6 +212,10 @@ class Config(Options):
             finite=_FINITE,
             shares=("caption_dropout", "ema_decay"),
         )
+
+    def noise_levels(self) -> LogitNormal:
+        """Return the distribution of the noise levels."""
+        return LogitNormal(self.sigma_mean, self.sigma_std, self.sigma_shift)
 
 
 _FINITE = (

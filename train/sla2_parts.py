@@ -1,6 +1,7 @@
 """What replacing self-attention is made of: the layers, the two losses, errors of attention."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,9 @@ from train.text_to_video_parts import (
     predict,
     to_floats,
 )
+
+type _Inputs = tuple[Array, Array, Array]
+type Statistic = Callable[[Attend, _Inputs, Array], Any]
 
 _TEACHER = "teacher."
 
@@ -102,13 +106,14 @@ def replace_attention(config: Config, teacher: Models, shape: tuple[int, int, in
     tokens = int(np.prod(shape)) // model.patch_pixels
     attend = attention_factory(config, model, tokens)
     models, _, _ = load_export(config.pretrained, precision=config.precision, attend=attend)
-    skeleton, arrays = take_apart(_changed(models, remat=config.remat))
+    skeleton, arrays = take_apart(_changed(models, {"remat": config.remat}))
     mixing = names_of(models, MixingParam)
-    method = METHODS[config.method]
+    evaluated = {"quantize": METHODS[config.method].quantize_evaluation}
+    scan = {"scan": config.scan}
     return Replaced(
-        stage1=take_apart(_changed(models, selection="soft"))[0],
+        stage1=take_apart(_changed(models, scan, selection="soft"))[0],
         stage2=skeleton,
-        evaluation=take_apart(_changed(models, quantize=method.quantize_evaluation))[0],
+        evaluation=take_apart(_changed(models, scan, **evaluated))[0],
         arrays=arrays,
         routers=names_of(models, RouterParam),
         projections=names_of(models, ProjectionParam),
@@ -116,35 +121,51 @@ def replace_attention(config: Config, teacher: Models, shape: tuple[int, int, in
     )
 
 
-def _changed(models: Models, *, remat: bool = False, **options: Any) -> Models:
+def _changed(models: Models, transformer_options: dict[str, Any], **options: Any) -> Models:
     """Return models whose SLA2 layers have other options; full attention and SLA as they are."""
     models = nnx.merge(*nnx.split(models))
-    models.transformer.config = dataclasses.replace(models.transformer.config, remat=remat)
-    for block in models.transformer.blocks:
+    transformer = models.transformer
+    transformer.config = dataclasses.replace(transformer.config, **transformer_options)
+    for block in transformer.blocks:
         layer = block.self_attention.attend
         if isinstance(layer, SparseLinearAttention):
             block.self_attention.attend = nnx.data(layer.with_options(**options))
     return models
 
 
-def recorded_attention(
-    models: Models, noisy: Array, sigma: Array, tokens: Array
-) -> list[tuple[Any, tuple[Array, Array, Array], Array]]:
-    """Run the models with full attention.
+class _Recorder(nnx.Module):
+    """Full attention that keeps what a function makes of a layer, its inputs and the result."""
+
+    def __init__(self, layer: Attend, statistic: Statistic):
+        self.layer, self.statistic = layer, statistic
+
+    def __call__(self, query: Array, key: Array, value: Array) -> Array:
+        full = full_attention(query, key, value)
+        self.found = nnx.Intermediate(self.statistic(self.layer, (query, key, value), full))
+        return full
+
+
+def statistics_of_attention(
+    models: Models, statistic: Statistic, noisy: Array, sigma: Array, tokens: Array
+) -> Any:
+    """Run the models with full attention and look at the layers that are to replace it.
+
+    Args:
+        models: Whose blocks have those layers; they are replaced.
+        statistic: Called with a layer, its query, key and value, and full attention of these.
+        noisy: Clips.
+        sigma: Their noise levels.
+        tokens: Their captions.
 
     Returns:
-        The layer, its query, key and value, and full attention of these, for each block.
+        What `statistic` returned, stacked over the blocks.
     """
-    found: list[tuple[Any, tuple[Array, Array, Array], Array]] = []
-    for block in models.transformer.blocks:
-
-        def record(query, key, value, layer=block.self_attention.attend):
-            found.append((layer, (query, key, value), full_attention(query, key, value)))
-            return found[-1][-1]
-
-        block.self_attention.attend = record
+    blocks = list(models.transformer.blocks)
+    for block in blocks:
+        block.self_attention.attend = _Recorder(block.self_attention.attend, statistic)
     predict(models, noisy, sigma, tokens)
-    return found
+    found = [block.self_attention.attend.found.get_value() for block in blocks]
+    return jax.tree.map(lambda *values: jnp.stack(values), *found)
 
 
 def noised(clips: Array, key: Array, levels: LogitNormal) -> tuple[Array, Array, Array]:
@@ -172,14 +193,8 @@ def make_router_loss(skeleton: Skeleton, levels: LogitNormal) -> Loss:
     def loss(params, frozen, batch, key):
         models = skeleton.join(params | frozen)
         noisy, _, sigma = noised(to_floats(batch["video"]), key, levels)
-        # One block at a time is differentiated, so that no more than its activations are kept.
-        errors = [
-            jax.checkpoint(lambda *inputs, layer=layer: _relative(layer(*inputs[:3]), inputs[3]))(
-                *inputs, full
-            )
-            for layer, inputs, full in recorded_attention(models, noisy, sigma, batch["tokens"])
-        ]
-        return jnp.mean(jnp.stack(errors))
+        tokens = batch["tokens"]
+        return jnp.mean(statistics_of_attention(models, _remat_error, noisy, sigma, tokens))
 
     return loss
 
@@ -199,42 +214,53 @@ def make_router_optimizer(
     )
 
 
-def attention_errors(skeleton: Skeleton, arrays: Arrays, batch: Batch) -> list[float]:
+def attention_errors(
+    config: Config, replaced: Replaced, arrays: Arrays, batch: Batch
+) -> list[float]:
     """Return the relative L2 error of attention in each block, on fixed noise.
 
     Args:
-        skeleton: Of the replaced model; the inputs of attention are those of full attention.
+        config: The experiment.
+        replaced: The model; the inputs of attention are those of full attention.
         arrays: Its arrays.
         batch: `video` and `tokens`.
     """
-
-    @jax.jit
-    def errors(arrays, video, tokens):
-        models = skeleton.join(arrays)
-        noisy, _, sigma = noised(to_floats(video), jax.random.key(0), LogitNormal())
-        found = recorded_attention(models, noisy, sigma, tokens)
-        squares = [_relative(layer(*inputs), full) for layer, inputs, full in found]
-        return jnp.sqrt(jnp.stack(squares))
-
-    return np.asarray(errors(arrays, batch["video"], batch["tokens"])).tolist()
+    squares, _ = _measure(replaced.evaluation, config.noise_levels(), arrays, dict(batch), 0)
+    return np.sqrt(np.asarray(squares)).tolist()
 
 
 def calibrated(config: Config, replaced: Replaced, arrays: Arrays, batch: Batch) -> Arrays:
     """Return the arrays with the mixing logits of least squares on one batch."""
-
-    @jax.jit
-    def logits(arrays, video, tokens):
-        models = replaced.evaluation.join(arrays)
-        levels = LogitNormal(config.sigma_mean, config.sigma_std, config.sigma_shift)
-        noisy, _, sigma = noised(to_floats(video), jax.random.key(config.seed), levels)
-        found = recorded_attention(models, noisy, sigma, tokens)
-        return [layer.calibrate_mixing(*inputs, full) for layer, inputs, full in found]
-
-    found = logits(arrays, batch["video"], batch["tokens"])
+    skeleton, levels = replaced.evaluation, config.noise_levels()
+    _, found = _measure(skeleton, levels, arrays, dict(batch), config.seed)
     blocks = [int(name.split(".blocks.")[1].split(".")[0]) for name in replaced.mixing]
     return arrays | {
         name: found[block] for name, block in zip(replaced.mixing, blocks, strict=True)
     }
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _measure(skeleton: Skeleton, levels: LogitNormal, arrays, batch, seed) -> tuple[Array, Any]:
+    """Return squared relative errors and mixing logits of least squares; one program for both."""
+    noisy, _, sigma = noised(to_floats(batch["video"]), jax.random.key(seed), levels)
+    models = skeleton.join(arrays)
+    return statistics_of_attention(models, _error_and_logits, noisy, sigma, batch["tokens"])
+
+
+def _error(layer: Attend, inputs: _Inputs, full: Array) -> Array:
+    return _relative(layer(*inputs), full)
+
+
+def _remat_error(layer: Attend, inputs: _Inputs, full: Array) -> Array:
+    """Return the error, so that a backward pass keeps one block's activations at a time."""
+    return jax.checkpoint(lambda full, *inputs: _error(layer, inputs, full))(full, *inputs)
+
+
+def _error_and_logits(layer: Attend, inputs: _Inputs, full: Array) -> tuple[Array, Any]:
+    logits = ()
+    if isinstance(layer, SparseLinearAttention):
+        logits = layer.calibrate_mixing(*inputs, full)
+    return _error(layer, inputs, full), logits
 
 
 def with_teacher(arrays: Arrays, teacher: Arrays) -> Arrays:

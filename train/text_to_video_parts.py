@@ -1,6 +1,7 @@
 """What a text-to-video run is made of: models, data, loss, validation, samples, the export."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -156,7 +157,6 @@ class Validation:
         for name, source in clips.items():
             videos, captions = render(source, range(min(count, len(source))))
             self._sets[name] = videos, tokenizer.encode(captions)
-        self._compiled = jax.jit(self._losses, static_argnums=0)
 
     def __call__(self, skeleton: Skeleton, arrays: Arrays) -> dict[str, float]:
         """Return the mean loss by name of the data set."""
@@ -168,30 +168,31 @@ class Validation:
                 part = slice(start, start + _VALIDATION_BATCH)
                 numbers = np.arange(start, start + len(videos[part]), dtype=np.uint32)
                 batch = videos[part], tokens[part], numbers
-                total += float(self._compiled(skeleton, arrays, *batch))
+                total += float(_validation_losses(skeleton, self._levels, arrays, *batch))
             means[name] = total / len(videos)
         return means
 
-    def _losses(self, skeleton: Skeleton, arrays, video, tokens, numbers) -> Array:
-        """Return the sum over clips of the mean loss over levels."""
-        models, clips = skeleton.join(arrays), to_floats(video)
 
-        def at_level(total, level):
-            # Multiples of the golden ratio, modulo 1, are spread evenly however many are taken.
-            place = (numbers * self._levels + level + 1).astype(jnp.float32)
-            sigma = jnp.clip(place * 0.6180339887 % 1, 0.001, 0.999)
-            noise = as_pictures(jax.vmap(lambda n: self._noise(n, level, video.shape[1:]))(numbers))
-            noisy = add_noise(as_pictures(clips), noise, sigma).reshape(clips.shape)
-            predicted = as_pictures(predict(models, noisy, sigma, tokens)).astype(jnp.float32)
-            error = jnp.square(predicted - (noise - as_pictures(clips)))
-            return total + jnp.sum(jnp.mean(error, axis=(1, 2, 3))) / self._levels, None
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _validation_losses(skeleton: Skeleton, levels: int, arrays, video, tokens, numbers) -> Array:
+    """Return the sum over clips of the mean loss over levels."""
+    models, clips = skeleton.join(arrays), to_floats(video)
 
-        levels = jnp.arange(self._levels, dtype=jnp.uint32)
-        return jax.lax.scan(at_level, jnp.float32(0), levels)[0]
-
-    def _noise(self, number: Array, level: Array, shape: tuple[int, ...]) -> Array:
+    def noise_of(number: Array, level: Array) -> Array:
         key: PRNGKeyArray = jax.random.fold_in(jax.random.key(_VALIDATION_SEED), number)
-        return jax.random.normal(jax.random.fold_in(key, level), shape, jnp.float32)
+        return jax.random.normal(jax.random.fold_in(key, level), video.shape[1:], jnp.float32)
+
+    def at_level(total, level):
+        # Multiples of the golden ratio, modulo 1, are spread evenly however many are taken.
+        place = (numbers * levels + level + 1).astype(jnp.float32)
+        sigma = jnp.clip(place * 0.6180339887 % 1, 0.001, 0.999)
+        noise = as_pictures(jax.vmap(noise_of, (0, None))(numbers, level))
+        noisy = add_noise(as_pictures(clips), noise, sigma).reshape(clips.shape)
+        predicted = as_pictures(predict(models, noisy, sigma, tokens)).astype(jnp.float32)
+        error = jnp.square(predicted - (noise - as_pictures(clips)))
+        return total + jnp.sum(jnp.mean(error, axis=(1, 2, 3))) / levels, None
+
+    return jax.lax.scan(at_level, jnp.float32(0), jnp.arange(levels, dtype=jnp.uint32))[0]
 
 
 class Sampler:

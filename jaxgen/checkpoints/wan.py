@@ -169,6 +169,7 @@ def load_wan_folder(
     param_dtype: DTypeLike | None = None,
     attention: AttentionName = "exact",
     remat: bool = False,
+    scan: bool = False,
     attend: Callable[[int], Attend] | None = None,
 ) -> Wan:
     """Loads a model from a folder that diffusers wrote, or `save_wan_folder`.
@@ -179,6 +180,7 @@ def load_wan_folder(
         param_dtype: dtype of the parameters; `dtype` if None.
         attention: "exact" or "int8".
         remat: recompute each block in the backward pass.
+        scan: compile one block and loop over the weights of all; the blocks must be alike.
         attend: as for `load_wan`.
 
     Raises:
@@ -195,6 +197,7 @@ def load_wan_folder(
         param_dtype=dtype if param_dtype is None else param_dtype,
         attention=attention,
         remat=remat,
+        scan=scan,
     )
     weights = folder / _WEIGHTS
     return load_wan(config, load_safetensors(weights), str(weights), attend=attend)
@@ -203,7 +206,7 @@ def load_wan_folder(
 def wan_config_to_json(config: WanConfig) -> str:
     """Returns the architecture in the words of diffusers, as the `config.json` of a transformer.
 
-    How to compute (dtypes, attention, remat) is left to whoever loads it.
+    How to compute (dtypes, attention, remat, scan) is left to whoever loads it.
 
     Raises:
         ValueError: `qk_norm=False`, for which diffusers has no word.

@@ -8,7 +8,7 @@ every block through one shared projection, to which a block adds a table of its 
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -62,6 +62,8 @@ class WanConfig:
         rope_max_seq_len: most patches along frames, rows and columns each.
         attention: "exact" or "int8" self-attention; that to the text is always exact.
         remat: recompute each block in the backward pass instead of keeping its activations.
+        scan: compile one block and loop over the weights of all, so that compiling takes seconds
+            at any depth. The blocks must be alike, and their weights are copied together first.
         dtype: computation dtype; time step, modulation, norms and rotary are float32 in between.
         param_dtype: dtype of the parameters; those of the time step, the tables and the norm
             before the text are float32 if it is narrower.
@@ -85,6 +87,7 @@ class WanConfig:
     rope_max_seq_len: int = 1024
     attention: AttentionName = "exact"
     remat: bool = False
+    scan: bool = False
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
@@ -94,7 +97,7 @@ class WanConfig:
         set_field(self, "patch_size", _patch_size(self.patch_size))
         set_float_dtypes(self)
         require_positive(self, *_POSITIVE)
-        require_bool(self, "qk_norm", "cross_attn_norm", "remat")
+        require_bool(self, "qk_norm", "cross_attn_norm", "remat", "scan")
         video_axis_dims(self.head_dim)
         if self.freq_dim % 2:
             raise ValueError(f"freq_dim must be even, got freq_dim={self.freq_dim}")
@@ -325,8 +328,11 @@ class Wan(nnx.Module):
         rotary = video_rotary(*grid, config.head_dim)
         x = self.patch_embedding(_to_patches(latents, grid, config.patch_size))
         run = nnx.remat(WanBlock.__call__) if config.remat else WanBlock.__call__
-        for block in self.blocks:
-            x = run(block, x, text, modulation, rotary)
+        if config.scan:
+            x = _scan(self.blocks, lambda block, x: run(block, x, text, modulation, rotary), x)
+        else:
+            for block in self.blocks:
+                x = run(block, x, text, modulation, rotary)
         final = Modulation(*jnp.split(embedded[:, None, :] + _wide(self.table)[None], 2, axis=1))
         patches = self.final_projection(_modulate(x, final, config.eps))
         return _from_patches(patches, grid, config.patch_size)
@@ -358,6 +364,23 @@ class Wan(nnx.Module):
                 f"rope_max_seq_len={config.rope_max_seq_len} are allowed along each axis"
             )
         return grid
+
+
+def _scan(blocks: Iterable[nnx.Module], run: Callable[[Any, Array], Array], x: Array) -> Array:
+    """Runs blocks one after another as a loop; their `nnx.Intermediate` is kept as usual."""
+    graphs, states = zip(*map(nnx.split, blocks), strict=True)
+    if any(graph != graphs[0] for graph in graphs):
+        raise ValueError("scan needs blocks that are alike, but attend made different ones")
+
+    def body(x, state):
+        block = nnx.merge(graphs[0], state)
+        x = run(block, x)
+        return x, nnx.state(block, nnx.Intermediate)
+
+    x, kept = jax.lax.scan(body, x, jax.tree.map(lambda *arrays: jnp.stack(arrays), *states))
+    for number, block in enumerate(blocks):
+        nnx.update(block, jax.tree.map(lambda array, i=number: array[i], kept))
+    return x
 
 
 def _options(config: WanConfig, rngs: nnx.Rngs) -> dict[str, Any]:

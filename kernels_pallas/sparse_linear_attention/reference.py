@@ -14,8 +14,8 @@ quantized output (straight-through), in the precision of the inputs, as the pape
 stays in the precision of the inputs, where the paper has FP8: the product of a chosen block is
 small beside what else is done for it, and V needs no second copy.
 
-Everything is written for one head; heads are visited one after another, and in them blocks of
-queries, so no array has queries x keys entries.
+Everything is written for one head; heads are visited one after another (a few at once by the soft
+choice), and in them blocks of queries, so no array has queries x keys entries.
 
 Misprints of the algorithm in SLA and SLA2 that are put right here: dQ and dK need the factor c, and
 the linear part of dV is added, not assigned.
@@ -35,6 +35,9 @@ from kernels_pallas.sparse_linear_attention.router import Routing
 from kernels_pallas.varying import varying_like
 
 type GradientScores = Literal["exact", "int8"]
+
+_ENTRIES_AT_ONCE = 2**26
+"""Scores that the soft choice holds at a time: a single block would leave a GPU idle."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +185,8 @@ def soft_forward(
         sparse = lax.map(block, (x.query, kept))
         return _mix(blocks, x.alpha, sparse, features.linear())[0]
 
-    return blocks.join_queries(_over_heads(head, heads)).astype(query.dtype)
+    together = _ENTRIES_AT_ONCE // (blocks.keys * max(blocks.block_q, query.shape[-1]))
+    return blocks.join_queries(_over_heads(head, heads, together)).astype(query.dtype)
 
 
 def _heads(blocks: Blocks, query, key, value, alpha, routing) -> _Head:
@@ -192,11 +196,13 @@ def _heads(blocks: Blocks, query, key, value, alpha, routing) -> _Head:
     return _Head(blocks.split_queries(query), key, value, alpha, *routing)
 
 
-def _over_heads(function, arguments):
-    """Applies a function to every head of every sequence, one after another."""
+def _over_heads(function, arguments, together: int = 1):
+    """Applies a function to every head of every sequence, at most `together` of them at once."""
     batch, heads = jax.tree.leaves(arguments)[0].shape[:2]
     merged = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), arguments)
-    results = lax.map(function, merged)
+    count = batch * heads
+    sizes = [size for size in range(2, min(together, count) + 1) if count % size == 0]
+    results = lax.map(function, merged, batch_size=sizes[-1] if sizes else None)
     return jax.tree.map(lambda x: x.reshape(batch, heads, *x.shape[1:]), results)
 
 

@@ -123,20 +123,45 @@ def test_gradients_are_finite_and_reach_every_parameter(options):
         assert (jnp.abs(values).max() > 1e-7) != bool(unused), path
 
 
-def test_remat_changes_nothing_but_memory():
+@pytest.mark.parametrize(("remat", "scan"), [(True, False), (False, True), (True, True)])
+def test_remat_and_scan_change_nothing_but_memory_and_compilation(remat, scan):
     inputs = _inputs()
 
-    def value_and_gradient(remat):
-        graph, parameters = nnx.split(_perturbed(dataclasses.replace(TINY, remat=remat)))
+    def value_and_gradient(remat, scan):
+        config = dataclasses.replace(TINY, remat=remat, scan=scan)
+        graph, parameters = nnx.split(_perturbed(config))
         loss = lambda p: jnp.mean(jnp.square(nnx.merge(graph, p)(*inputs) - 1.0))
-        assert ("remat" in str(jax.make_jaxpr(loss)(parameters))) == remat
+        program = str(jax.make_jaxpr(loss)(parameters))
+        assert ("remat" in program, "scan" in program) == (remat, scan)
         return jax.jit(jax.value_and_grad(loss))(parameters)
 
     jax.tree.map(
-        lambda plain, remat: np.testing.assert_allclose(plain, remat, rtol=1e-4, atol=1e-6),
-        value_and_gradient(False),
-        value_and_gradient(True),
+        lambda plain, other: np.testing.assert_allclose(plain, other, rtol=1e-4, atol=1e-6),
+        value_and_gradient(False, False),
+        value_and_gradient(remat, scan),
     )
+
+
+def test_scan_keeps_intermediates_and_refuses_blocks_that_differ():
+    class Recorder(nnx.Module):
+        def __call__(self, query, key, value):
+            self.size = nnx.Intermediate(jnp.mean(jnp.square(query * value)))
+            return jax.nn.dot_product_attention(query, key, value)
+
+    def sizes(scan):
+        config = dataclasses.replace(TINY, scan=scan)
+        model = Wan(config, attend=lambda number: Recorder(), rngs=nnx.Rngs(0))
+        model(*_inputs())
+        return [float(block.self_attention.attend.size[...]) for block in model.blocks]
+
+    plain = sizes(scan=False)
+    assert plain[0] != plain[1]
+    np.testing.assert_allclose(plain, sizes(scan=True), rtol=1e-5)
+    functions = [jax.nn.dot_product_attention, lambda query, key, value: value]
+    config = dataclasses.replace(TINY, scan=True)
+    model = Wan(config, attend=functions.__getitem__, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="scan needs blocks that are alike"):
+        model(*_inputs())
 
 
 def test_bfloat16_is_close_to_float32():
@@ -223,8 +248,9 @@ def test_attend_is_made_for_each_block_by_number():
 
 
 @pytest.mark.parametrize("remat", [False, True])
-def test_attend_modules_are_part_of_the_model(remat):
-    config, inputs = dataclasses.replace(TINY, remat=remat), _inputs()
+@pytest.mark.parametrize("scan", [False, True])
+def test_attend_modules_are_part_of_the_model(remat, scan):
+    config, inputs = dataclasses.replace(TINY, remat=remat, scan=scan), _inputs()
     base = _run(_perturbed(), *inputs)
     model = _perturbed(config)
     for number, block in enumerate(model.blocks):
