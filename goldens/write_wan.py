@@ -5,6 +5,8 @@ Usage: write_wan.py FOLDER. Run by `goldens/make.sh`, which installs what this n
 Each file holds `input.*`, `output` and `weights.*` (diffusers keys) of one tiny model in float32;
 its configuration is JSON in the metadata. `wan_folder/transformer` is a model as diffusers saves
 it; `wan_folder/example.safetensors` holds inputs and outputs, also those of the model in bfloat16.
+`wan_folder/scheduler` is a scheduler as diffusers saves it; `wan_folder/sampling.safetensors` holds
+what both make of noise and text, with guidance, in the loop of diffusers' `WanPipeline`.
 The weights are random, those that training starts at zero or one included, so that no term of the
 computation is hidden.
 """
@@ -15,7 +17,7 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from safetensors.torch import save_file
 
 COMMON = {
@@ -39,6 +41,7 @@ PATCHES = {
     "eps": 1e-3,
 }
 MODELS = {"plain": ({}, (3, 6, 8)), "patches": (PATCHES, (4, 5, 6))}
+SAMPLING = {"shift": 5.0, "steps": 4, "guidance_scale": 3.5}
 FOLDER = ({"num_layers": 3, "num_attention_heads": 1, "attention_head_dim": 20}, (2, 8, 4))
 
 
@@ -118,9 +121,45 @@ def write_folder(folder: Path) -> None:
         print(f"{path}: {path.stat().st_size} bytes")
 
 
+@torch.no_grad()
+def sample(
+    model: torch.nn.Module, scheduler: FlowMatchEulerDiscreteScheduler, inputs: dict
+) -> torch.Tensor:
+    """Returns the latents that the scheduler's steps lead to."""
+    latents, scale = inputs["noise"], SAMPLING["guidance_scale"]
+    scheduler.set_timesteps(SAMPLING["steps"])
+    for time in scheduler.timesteps:
+        point = {"latents": latents, "timestep": time.expand(len(latents))}
+        guided, away = (
+            run(model, point | {"context": inputs[name]})
+            for name in ("context", "negative_context")
+        )
+        latents = scheduler.step(away + scale * (guided - away), time, latents).prev_sample
+    return latents
+
+
+def write_sampling(folder: Path) -> None:
+    """Writes a scheduler with diffusers' own `save_pretrained`, and latents sampled with it."""
+    model, _, inputs = draw(*FOLDER, seed=2)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=SAMPLING["shift"])
+    scheduler.save_pretrained(folder / "scheduler")
+    generator = torch.Generator().manual_seed(3)
+    names = {"noise": "latents", "context": "context", "negative_context": "context"}
+    example = {
+        name: torch.randn(inputs[like].shape, generator=generator) for name, like in names.items()
+    }
+    example["output"] = sample(model, scheduler, example)
+    example["sigmas"] = scheduler.sigmas
+    save(folder / "sampling.safetensors", example, {"sampling": json.dumps(SAMPLING)})
+    path = folder / "scheduler/scheduler_config.json"
+    path.chmod(0o644)
+    print(f"{path}: {path.stat().st_size} bytes")
+
+
 if __name__ == "__main__":
     target = Path(sys.argv[1])
     target.mkdir(parents=True, exist_ok=True)
     for model_name in MODELS:
         write(model_name, target)
     write_folder(target / "wan_folder")
+    write_sampling(target / "wan_folder")

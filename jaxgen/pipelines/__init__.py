@@ -1,3 +1,4 @@
 """From a folder of weights to a result: load, call, look."""
 
 from jaxgen.pipelines.text_to_image import TextToImage as TextToImage
+from jaxgen.pipelines.text_to_video import TextToVideo as TextToVideo
