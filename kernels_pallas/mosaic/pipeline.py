@@ -3,6 +3,7 @@
 # Pallas' decorators are typed more narrowly than they work.
 # pyright: reportCallIssue=false
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -86,14 +87,15 @@ class Kernel(NamedTuple):
         fetch: the sources of the tiles of a step, a group for each barrier.
         position: where in the problem a block of threads is.
         steps: number of steps there.
-        share: the sources of what all warpgroups read throughout.
+        share: copies what all warpgroups read throughout, with one of its last argument's
+            functions for each tile.
     """
 
     compute: Callable[..., None]
     fetch: Callable[..., Sequence[Sequence[Any]]]
     position: Callable[..., Any]
     steps: Callable[[Any], Any]
-    share: Callable[..., Sequence[Any]] = lambda x, position: ()
+    share: Callable[..., None] = lambda x, position, copies: None
 
 
 def launch(
@@ -105,6 +107,7 @@ def launch(
     moving: Sequence[Sequence[Any]],
     stages: int,
     out_type: Sequence[jax.ShapeDtypeStruct],
+    into: Sequence[jax.Array] | None = None,
     team: Team,
     grid: tuple[int, int, int],
     name: str,
@@ -121,6 +124,8 @@ def launch(
         moving: shared memory for a step, a group for each barrier, with a leading axis `stages`.
         stages: steps in flight.
         out_type: what the kernel writes.
+        into: arrays to write to instead, in place if nothing else reads them; what the kernel does
+            not write stays.
         team: the warpgroups that compute.
         grid: sizes of the axes "batch", "heads" and "block".
         name: what profiles show.
@@ -159,8 +164,10 @@ def launch(
 
                 for i in range(stages):
                     pl.when(i < steps)(lambda i=i: issue(jnp.int32(i), i, reused=False))
-                for gmem, smem in zip(kernel.share(x, position), shared_sm, strict=True):
-                    plgpu.copy_gmem_to_smem(gmem, smem, barriers.shared)
+                copy_to = lambda smem: (
+                    lambda gmem: plgpu.copy_gmem_to_smem(gmem, smem, barriers.shared)
+                )
+                kernel.share(x, position, [copy_to(smem) for smem in shared_sm])
 
                 @pl.loop(stages, steps)
                 def _(step):
@@ -180,12 +187,16 @@ def launch(
         )
 
     body.__name__ = name  # what profiles show
-    return plgpu.kernel(
+    run = functools.partial(
+        plgpu.kernel,
         body,
-        out_type=tuple(out_type),
         grid=grid,
         grid_names=("batch", "heads", "block"),
         num_threads=team.size + 1,
         thread_name="wg",
         compiler_params=COMPILER_PARAMS,
-    )(*arrays)
+    )
+    if into is None:
+        return run(out_type=tuple(out_type))(*arrays)
+    # The state is local: references that outlive a call fail in scans that are rematerialized.
+    return pl.run_state(lambda refs: run(out_type=())(*arrays, *refs))(tuple(into))

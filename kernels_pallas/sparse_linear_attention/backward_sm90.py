@@ -13,6 +13,7 @@ log-sum-exp, and what it would take from dQ is known from the sum of the row of 
 # pyright: reportCallIssue=false
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -37,6 +38,7 @@ from kernels_pallas.mosaic.products import (
 )
 from kernels_pallas.mosaic.team import ROWS, SHARED_MEMORY, Team
 from kernels_pallas.sparse_linear_attention.forward_sm90 import LOG2_E, add_product
+from kernels_pallas.sparse_linear_attention.head_groups import pick
 from kernels_pallas.sparse_linear_attention.prepare_sm90 import features_of
 
 TEAM = Team(2, 232)
@@ -57,7 +59,8 @@ class QueryOperands(NamedTuple):
         linear_delta: 1 - alpha times rowsum(dO * O_l) of the linear branch.
         alpha: float32 (heads, query_blocks).
         key_mean: float32 (batch, heads, head_dim).
-        h: sums over the blocks not chosen, 16 bits (batch, heads, query_blocks, dim, dim).
+        h: sums over the blocks not chosen, 16 bits (batch, heads, query_blocks, dim, dim), in
+            groups of heads.
         z: likewise, float32 (batch, heads, query_blocks, head_dim).
     """
 
@@ -71,7 +74,7 @@ class QueryOperands(NamedTuple):
     linear_delta: jax.Array
     alpha: jax.Array
     key_mean: jax.Array
-    h: jax.Array
+    h: tuple[jax.Array, ...]
     z: jax.Array
 
 
@@ -81,14 +84,14 @@ class QueryGradients(NamedTuple):
     Attributes:
         d_query: like the query.
         logsumexp: of the scores with keys that still have their mean, like that of the operands.
-        d_h: like `h`.
         d_z: in two parts, float32 (batch, heads, query_blocks, 2, head_dim).
+        d_h: like `h`.
     """
 
     d_query: jax.Array
     logsumexp: jax.Array
-    d_h: jax.Array
     d_z: jax.Array
+    d_h: tuple[jax.Array, ...]
 
 
 def query_gradient(
@@ -109,7 +112,7 @@ def query_gradient(
     shape, multiply = (ROWS, ROWS), functools.partial(add_product, interpret=interpret)
 
     def compute(refs, fixed_sm, moving_sm, barriers, position):
-        x, (dq_gm, lse_gm, dh_gm, dz_gm) = refs
+        x, (dq_gm, lse_gm, dz_gm, *dh_gm) = refs
         q_sm, do_sm, lse_sm, dz_sm, h_sm = fixed_sm
         ((k_sm, v_sm),) = moving_sm
         b, h, i = position
@@ -218,7 +221,8 @@ def query_gradient(
             )
             h_sm[part] = (dh * (1.0 - alpha)).astype(dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(h_sm.at[part], dh_gm.at[b, h, i, part])
+            store = lambda d_h: plgpu.copy_smem_to_gmem(h_sm.at[part], d_h.at[i, part])
+            pick(dh_gm, b, h, store)
 
         pl.when(wg == 1)(sum_dz)
         barriers.meet()
@@ -236,9 +240,9 @@ def query_gradient(
         at = pl.ds(x.chosen[b, h, i, step] * ROWS, ROWS)
         return ((x.key.at[b, at, h], x.value.at[b, at, h]),)
 
-    def share(x, position):
+    def share(x, position, copies):
         b, h, i = position
-        return (x.h.at[b, h, i],)
+        pick(x.h, b, h, lambda of_head: copies[0](of_head.at[i]))
 
     fixed_bytes = 2 * dim * (2 * TEAM.rows + dim) + 4096
     stages = (SHARED_MEMORY - fixed_bytes) // (ROWS * dim * 4)
@@ -258,15 +262,16 @@ def query_gradient(
         out_type=[
             jax.ShapeDtypeStruct(operands.query.shape, dtype),
             jax.ShapeDtypeStruct(operands.logsumexp.shape, jnp.float32),
-            jax.ShapeDtypeStruct(operands.h.shape, dtype),
             jax.ShapeDtypeStruct((batch, heads, blocks, TEAM.size, dim), jnp.float32),
+            *(jax.ShapeDtypeStruct(h.shape, dtype) for h in operands.h),
         ],
         team=TEAM,
         grid=(batch, heads, blocks),
         name="sparse_linear_attention_query_gradient",
         meets=True,
     )
-    return QueryGradients(*results)
+    d_query, logsumexp, d_z, *d_h = results
+    return QueryGradients(d_query, logsumexp, d_z, tuple(d_h))
 
 
 class KeyOperands(NamedTuple):
@@ -280,8 +285,8 @@ class KeyOperands(NamedTuple):
         choosing: int32 (batch, heads, query_blocks * kept), for each block of keys the blocks of
             queries that chose it.
         alpha: of those, float32 like `choosing`.
-        d_h: gradient of h_j, 16 bits (batch, heads, key_blocks, dim, dim).
         d_z: gradient of z_j, float32 (batch, heads, key_blocks, head_dim).
+        d_h: gradient of h_j, 16 bits (batch, heads of the call, key_blocks, dim, dim).
     """
 
     query: jax.Array
@@ -295,8 +300,8 @@ class KeyOperands(NamedTuple):
     start: jax.Array
     choosing: jax.Array
     alpha: jax.Array
-    d_h: jax.Array
     d_z: jax.Array
+    d_h: jax.Array
 
 
 def key_value_gradients(
@@ -304,17 +309,28 @@ def key_value_gradients(
     keys: int,
     scale: float,
     *,
+    heads: range,
+    into: Sequence[jax.Array] | None,
     smooth_features: bool,
     interpret: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Runs the kernel; arguments as for `query_gradient`.
+) -> Sequence[jax.Array]:
+    """Runs the kernel for some heads.
+
+    Args:
+        operands: see there.
+        keys: tokens of the keys that are not padding.
+        scale: factor on the scores.
+        heads: which ones.
+        into: results of a call for other heads, to be completed.
+        smooth_features: whether phi sees the keys less their mean.
+        interpret: whether the kernel runs in the interpreter.
 
     Returns:
         The gradient of the keys less their mean (plus, unless `smooth_features`, that of the keys
         themselves) and of the values, like those, and, of what belongs to the keys less their mean,
         the sums of blocks, float32 (batch, heads, key_blocks, head_dim).
     """
-    batch, _, heads, dim = operands.key.shape
+    batch, _, all_heads, dim = operands.key.shape
     dtype, blocks = operands.key.dtype, operands.order.shape[2]
     shape, multiply = (ROWS, ROWS), functools.partial(add_product, interpret=interpret)
     wide = (ROWS, dim)
@@ -427,7 +443,7 @@ def key_value_gradients(
         plgpu.wait_smem_to_gmem(0)
 
     def position(x, index):
-        b, h = lax.axis_index("batch"), lax.axis_index("heads")
+        b, h = lax.axis_index("batch"), heads.start + lax.axis_index("heads")
         j = x.order[b, h, index]
         first = x.start[b, h, j]
         return b, h, j, first, x.start[b, h, j + 1] - first
@@ -440,13 +456,13 @@ def key_value_gradients(
             (x.d_out.at[b, at, h], x.sparse_delta.at[b, h, at]),
         )
 
-    def share(x, position):
-        b, h, j = position[:3]
-        return (x.d_h.at[b, h, j],)
+    def share(x, position, copies):
+        b, _, j = position[:3]
+        copies[0](x.d_h.at[b, lax.axis_index("heads"), j])
 
     stages = 2
     moving = tile((stages, TEAM.rows, dim), dtype), plgpu.SMEM((stages, TEAM.rows), jnp.float32)
-    dk, dv, sums = launch(
+    return launch(
         operands,
         Kernel(compute, fetch, position, lambda position: position[4], share),
         fixed=(
@@ -461,12 +477,12 @@ def key_value_gradients(
         out_type=[
             jax.ShapeDtypeStruct(operands.key.shape, dtype),
             jax.ShapeDtypeStruct(operands.key.shape, dtype),
-            jax.ShapeDtypeStruct((batch, heads, blocks, dim), jnp.float32),
+            jax.ShapeDtypeStruct((batch, all_heads, blocks, dim), jnp.float32),
         ],
+        into=into,
         team=TEAM,
-        grid=(batch, heads, blocks),
+        grid=(batch, len(heads), blocks),
         name="sparse_linear_attention_key_value_gradients",
         fixed_arrivals=1,
         meets=True,
     )
-    return dk, dv, sums

@@ -33,6 +33,7 @@ from kernels_pallas.mosaic.products import (
 )
 from kernels_pallas.mosaic.team import ROWS, SHARED_MEMORY, Team
 from kernels_pallas.mosaic.tiles import round_to_codes
+from kernels_pallas.sparse_linear_attention.head_groups import pick
 from kernels_pallas.sparse_linear_attention.prepare_sm90 import features_of
 
 LOG2_E = math.log2(math.e)
@@ -52,7 +53,8 @@ class Operands(NamedTuple):
         key_scale: of the chosen blocks, float32 (batch, heads, query_blocks, kept), or None.
         value: 16 bits (batch, tokens, heads, head_dim).
         chosen: int32 (batch, heads, query_blocks, kept), ascending.
-        h: sums over the blocks not chosen, 16 bits (batch, heads, query_blocks, dim, dim).
+        h: sums over the blocks not chosen, 16 bits (batch, heads, query_blocks, dim, dim), in
+            groups of heads.
         z: likewise, float32 (batch, heads, query_blocks, head_dim).
         alpha: float32 (heads, query_blocks).
     """
@@ -63,7 +65,7 @@ class Operands(NamedTuple):
     key_scale: jax.Array | None
     value: jax.Array
     chosen: jax.Array
-    h: jax.Array
+    h: tuple[jax.Array, ...]
     z: jax.Array
     alpha: jax.Array
 
@@ -201,9 +203,9 @@ def forward(
         key = x.key.at[b, h, at] if quantized else x.key.at[b, at, h]
         return (key,), (x.value.at[b, at, h],)
 
-    def share(x, position):
+    def share(x, position, copies):
         b, h, i = position
-        return (x.h.at[b, h, i],)
+        pick(x.h, b, h, lambda of_head: copies[0](of_head.at[i]))
 
     key_size = operands.key.dtype.itemsize
     fixed_bytes = dim * (TEAM.rows * (2 + key_size + 2) + 2 * dim) + 4096

@@ -78,7 +78,7 @@ class Residuals(NamedTuple):
     out: jax.Array
     difference: jax.Array
     logsumexp: jax.Array
-    h: jax.Array
+    h: tuple[jax.Array, ...]
     z: jax.Array
 
 
@@ -131,15 +131,13 @@ def _forward(options, query, key, value, alpha, routing, *, differentiated=True)
         interpret=options.interpret,
     )
     keys = varying_like((query, key), keys)
-    h = _sum_rest("bhij,bhjx->bhix", routing.mask, keys.h, query.dtype)
+    h = _sum_rest("bhij,bhjx->bhix", routing.mask, keys.h)
     z = float_einsum("bhij,bhjd->bhid", 1 - routing.mask.astype(jnp.float32), keys.z)
     query_scale = key_scale = None
     if options.quantize:
         query_scale = jnp.maximum(routing.query_largest / 127.0, jnp.finfo(jnp.float32).tiny)
         query_scale = jnp.where(query_scale < jnp.inf, query_scale, jnp.nan)
-        key_scale = jnp.broadcast_to(
-            keys.scale[:, :, None], (*keys.scale.shape[:2], h.shape[2], keys.scale.shape[2])
-        )
+        key_scale = jnp.broadcast_to(keys.scale[:, :, None], routing.mask.shape)
         key_scale = jnp.take_along_axis(key_scale, routing.chosen, axis=3)
     operands = forward_sm90.Operands(
         query,
@@ -205,28 +203,35 @@ def _backward(options, query, key, value, alpha, routing, residuals, d_out):
     )
     order, start, choosing = _transpose(blocks, routing)
     per_block = jnp.broadcast_to(alpha, (query.shape[0], *alpha.shape))
-    d_key, d_value, sums = backward_sm90.key_value_gradients(
-        backward_sm90.KeyOperands(
-            query,
-            key,
-            value,
-            d_out,
-            sparse_delta,
-            routing.key_mean,
-            found.logsumexp,
-            order,
-            start,
-            choosing,
-            jnp.take_along_axis(per_block, choosing, axis=2),
-            _sum_rest("bhij,bhix->bhjx", routing.mask, found.d_h, query.dtype),
-            d_z,
-        ),
-        blocks.keys,
-        options.scale,
-        smooth_features=options.smooth_features,
-        interpret=interpret,
+    operands = backward_sm90.KeyOperands(
+        query,
+        key,
+        value,
+        d_out,
+        sparse_delta,
+        routing.key_mean,
+        found.logsumexp,
+        order,
+        start,
+        choosing,
+        jnp.take_along_axis(per_block, choosing, axis=2),
+        d_z,
+        found.d_h[0],
     )
-    d_key, d_value, sums = varying_like((query, d_out), (d_key, d_value, sums))
+    results, first = None, 0
+    for d_h in _sum_rest("bhij,bhix->bhjx", routing.mask, found.d_h):
+        heads = range(first, first + d_h.shape[1])
+        results = backward_sm90.key_value_gradients(
+            operands._replace(d_h=d_h),
+            blocks.keys,
+            options.scale,
+            heads=heads,
+            into=results,
+            smooth_features=options.smooth_features,
+            interpret=interpret,
+        )
+        first = heads.stop
+    d_key, d_value, sums = varying_like((query, d_out), results)
     # Through K - mean(K).
     mean = (jnp.sum(sums, axis=2) / blocks.keys)[:, None]
     d_key = (d_key.astype(jnp.float32) - mean).astype(key.dtype)
@@ -247,12 +252,16 @@ def _transpose(blocks: Blocks, routing: Routing) -> tuple[jax.Array, jax.Array, 
     return order, start, pairs % blocks.query_blocks
 
 
-def _sum_rest(subscripts, mask, x, dtype):
-    """Sums matrices (…, dim, dim) over the blocks that are not chosen."""
-    rest = 1 - mask.astype(dtype)
-    flat = x.reshape(*x.shape[:3], -1)
-    sums = jnp.einsum(subscripts, rest, flat, preferred_element_type=jnp.float32)
-    return sums.astype(dtype).reshape(*sums.shape[:3], *x.shape[3:])
+def _sum_rest(subscripts, mask, groups):
+    """Sums matrices (…, dim, dim) over the blocks that are not chosen, in groups of heads."""
+    results, first = [], 0
+    for x in groups:
+        rest = 1 - mask[:, first : first + x.shape[1]].astype(x.dtype)
+        flat = x.reshape(*x.shape[:3], -1)
+        sums = jnp.einsum(subscripts, rest, flat, preferred_element_type=jnp.float32)
+        results.append(sums.astype(x.dtype).reshape(*sums.shape[:3], *x.shape[3:]))
+        first += x.shape[1]
+    return tuple(results)
 
 
 def _pad(x: jax.Array, count: int) -> jax.Array:

@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas.mosaic.products import COLUMN, WGMMA, Sum, accumulate, columns, full, rows, tile
 from kernels_pallas.mosaic.team import COMPILER_PARAMS, ROWS
 from kernels_pallas.mosaic.tiles import largest_of_tile, round_to_codes
+from kernels_pallas.sparse_linear_attention.head_groups import cut, pick
 
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 _SUMMED = 128
@@ -97,18 +98,18 @@ class Keys(NamedTuple):
     """What `prepare_keys` returns.
 
     Attributes:
+        z: sums of the features, float32 (batch, heads, key_blocks, head_dim).
+        h: the features, transposed, times the values, 16 bits (batch, heads, key_blocks, head_dim,
+            head_dim), in groups of heads.
         codes: int8 (batch, heads, key_blocks * 64, head_dim) of the keys less their mean; None
             unless asked for.
         scale: of the codes, float32 (batch, heads, key_blocks); None unless asked for.
-        h: the features, transposed, times the values, 16 bits (batch, heads, key_blocks, head_dim,
-            head_dim).
-        z: sums of the features, float32 (batch, heads, key_blocks, head_dim).
     """
 
-    codes: Any
-    scale: Any
-    h: jax.Array
     z: jax.Array
+    h: tuple[jax.Array, ...]
+    codes: Any = None
+    scale: Any = None
 
 
 def features_of(x: jax.Array, inside: jax.Array | None, dtype: Any) -> jax.Array:
@@ -143,9 +144,10 @@ def prepare_keys(
     """
     batch, tokens, heads, dim = key.shape
     blocks, dtype = -(-tokens // ROWS), key.dtype
+    groups = cut(heads, batch * heads * blocks * dim * dim * dtype.itemsize)
 
     def sparse_linear_attention_prepare_keys(key_gm, value_gm, mean_gm, *outputs):
-        h_gm, z_gm, *codes_gm = outputs
+        (z_gm, *h_gm), codes_gm = outputs[: 1 + len(groups)], outputs[1 + len(groups) :]
 
         def scoped(k_sm, v_sm, f_sm, h_sm, z_sm, codes_sm, scratch, arrived):
             b, h, j = (lax.axis_index(name) for name in ("batch", "heads", "block"))
@@ -189,7 +191,7 @@ def prepare_keys(
                 )
                 h_sm[part] = total.astype(dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(h_sm, h_gm.at[b, h, j])
+            pick(h_gm, b, h, lambda of_head: plgpu.copy_smem_to_gmem(h_sm, of_head.at[j]))
             plgpu.copy_smem_to_gmem(z_sm, z_gm.at[b, h, j])
             plgpu.wait_smem_to_gmem(0)
 
@@ -207,19 +209,19 @@ def prepare_keys(
         )
 
     out_type = [
-        jax.ShapeDtypeStruct((batch, heads, blocks, dim, dim), dtype),
         jax.ShapeDtypeStruct((batch, heads, blocks, dim), jnp.float32),
+        *(jax.ShapeDtypeStruct((batch, len(group), blocks, dim, dim), dtype) for group in groups),
     ]
     if quantize:
         out_type += [
             jax.ShapeDtypeStruct((batch, heads, blocks * ROWS, dim), jnp.int8),
             jax.ShapeDtypeStruct((batch, heads, blocks), jnp.float32),
         ]
-    h, z, *codes = plgpu.kernel(
+    z, *rest = plgpu.kernel(
         sparse_linear_attention_prepare_keys,
         out_type=tuple(out_type),
         grid=(batch, heads, blocks),
         grid_names=("batch", "heads", "block"),
         compiler_params=COMPILER_PARAMS,
     )(key, value, mean)
-    return Keys(*(codes or (None, None)), h, z)
+    return Keys(z, tuple(rest[: len(groups)]), *rest[len(groups) :])

@@ -9,6 +9,7 @@ import pytest
 
 from kernels_pallas import explain_sparse_linear_attention, sparse_linear_attention
 from kernels_pallas.mosaic import interpreted
+from kernels_pallas.sparse_linear_attention import head_groups
 
 NAMES = ("out", "query", "key", "value", "logits")
 
@@ -68,6 +69,27 @@ def test_interpreted(shape, options, dtype):
     compare(found, program("xla", **options)(*inputs), dtype)
 
 
+@pytest.fixture
+def grouped(monkeypatch):
+    """Cuts heads into groups even where their matrices are small."""
+    monkeypatch.setattr(head_groups, "_LARGE", 0)
+
+
+def test_groups_of_heads():
+    assert head_groups.cut(12, 2**26) == (range(12),)
+    assert head_groups.cut(12, 2**26 + 1) == tuple(range(i, i + 3) for i in (0, 3, 6, 9))
+    assert head_groups.cut(7, 2**30) == (range(1), range(1, 3), range(3, 5), range(5, 7))
+    assert head_groups.cut(3, 2**30) == (range(1), range(1, 2), range(2, 3))
+
+
+def test_interpreted_in_groups_of_heads(grouped):
+    inputs = draw(2, queries=100, keys=260, dim=64, heads=3)
+    options = {"kept_fraction": 0.5}
+    with interpreted():
+        found = program("mosaic_gpu", **options)(*inputs)
+    compare(found, program("xla", **options)(*inputs), "bfloat16")
+
+
 def test_interpreted_forward_alone():
     *operands, _ = draw(1, queries=100, keys=200, dim=64)
     attend = functools.partial(sparse_linear_attention, kept_fraction=0.4)
@@ -86,6 +108,31 @@ def test_lowers_for_a_hopper_gpu(dim, quantize):
     traced = program("mosaic_gpu", quantize=quantize).trace(*[shape] * 3, logits, shape)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("mosaic_gpu_v2") == 6
+
+
+@pytest.mark.usefixtures("hopper", "grouped")
+def test_groups_of_heads_lower_wherever_people_put_attention():
+    shape = jax.ShapeDtypeStruct((2, 1024, 5, 64), jnp.bfloat16)
+    attend = functools.partial(
+        sparse_linear_attention, mixing_logits=jnp.zeros(5), implementation="mosaic_gpu"
+    )
+    mesh = jax.make_mesh((2,), ("data",), (jax.sharding.AxisType.Auto,))
+    split = jax.P("data")
+
+    def layers(query, key, value):
+        step = jax.checkpoint(lambda x, _: (attend(x, key, value), None))
+        return jax.lax.scan(step, query, None, length=2)[0]
+
+    for function in (
+        layers,
+        jax.vmap(lambda *x: attend(*(y[None] for y in x))[0]),
+        jax.shard_map(attend, mesh=mesh, in_specs=(split,) * 3, out_specs=split),
+    ):
+        loss = lambda *x, f=function: jnp.sum(f(*x).astype(jnp.float32) ** 2)
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*[shape] * 3)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        # Four for the gradient of keys and values.
+        assert text.count("mosaic_gpu_v2") >= 9
 
 
 @pytest.mark.usefixtures("hopper")
@@ -144,8 +191,10 @@ def drawn(seed):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("seed", range(100))
-def test_drawn_shapes_and_equal_bits(seed):
+def test_drawn_shapes_and_equal_bits(seed, monkeypatch):
     shape, options = drawn(seed)
+    if seed % 2:
+        monkeypatch.setattr(head_groups, "_LARGE", 0)
     inputs = draw(seed, **shape)
     run = program("mosaic_gpu", **options)
     found, again = run(*inputs), run(*inputs)
