@@ -77,6 +77,7 @@ _FIELDS = {
     "eps": "eps",
     "rope_max_seq_len": "rope_max_seq_len",
 }
+_TOKEN_CUBE = "_token_cube"  # ours; diffusers passes over names that begin so
 # What else a configuration of diffusers says, with the only value that is a text-to-video model.
 _FIXED = {
     "qk_norm": "rms_norm_across_heads",
@@ -215,6 +216,8 @@ def wan_config_to_json(config: WanConfig) -> str:
         raise ValueError("the diffusers layout needs qk_norm=True, got qk_norm=False")
     values = {"_class_name": _CLASS, **_FIXED}
     values |= {theirs: getattr(config, ours) for theirs, ours in _FIELDS.items()}
+    if max(config.token_cube) > 1:
+        values[_TOKEN_CUBE] = config.token_cube
     return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
 
@@ -244,8 +247,11 @@ def wan_config_from_json(text: str, source: str = "config") -> WanConfig:
             f"{source}: the fields are not those of {_CLASS}; "
             f"unknown: {', '.join(unknown) or 'none'}; missing: {', '.join(missing) or 'none'}"
         )
+    options = {_FIELDS[name]: values[name] for name in sorted(given & _FIELDS.keys())}
+    if _TOKEN_CUBE in values:
+        options["token_cube"] = values[_TOKEN_CUBE]
     try:
-        return WanConfig(**{_FIELDS[name]: values[name] for name in sorted(given & _FIELDS.keys())})
+        return WanConfig(**options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: {error}") from error
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -51,6 +52,11 @@ class WanConfig:
         num_heads: number of attention heads.
         ffn_dim: width inside the MLPs.
         patch_size: frames, rows and columns of a patch.
+        token_cube: frames, rows and columns of patches whose tokens follow each other. The order
+            of tokens changes no velocity, but a block of keys that sparse attention takes or
+            leaves as a whole is then a compact piece of the video, and not a strip of one frame,
+            as in the order of the released models, (1, 1, 1). The router and the mixing ratios of
+            sparse attention belong to the order that they were trained in.
         in_channels: latent channels read.
         out_channels: latent channels predicted; `in_channels` if None.
         head_dim: size of a head, even and at least 6; the width is num_heads*head_dim.
@@ -76,6 +82,7 @@ class WanConfig:
     num_heads: int
     ffn_dim: int
     patch_size: tuple[int, int, int] = (1, 2, 2)
+    token_cube: tuple[int, int, int] = (1, 1, 1)
     in_channels: int = 16
     out_channels: int | None = None
     head_dim: int = 128
@@ -94,7 +101,8 @@ class WanConfig:
     def __post_init__(self):
         out_channels = self.in_channels if self.out_channels is None else self.out_channels
         set_field(self, "out_channels", out_channels)
-        set_field(self, "patch_size", _patch_size(self.patch_size))
+        for name in ("patch_size", "token_cube"):
+            set_field(self, name, _three_sizes(name, getattr(self, name)))
         set_float_dtypes(self)
         require_positive(self, *_POSITIVE)
         require_bool(self, "qk_norm", "cross_attn_norm", "remat", "scan")
@@ -134,12 +142,12 @@ _POSITIVE = (
 )
 
 
-def _patch_size(value: Any) -> tuple[int, int, int]:
+def _three_sizes(name: str, value: Any) -> tuple[int, int, int]:
     """Three positive ints as a tuple, from any sequence of them."""
     sizes = tuple(value) if isinstance(value, list | tuple) else ()
     if len(sizes) != 3 or not all(type(size) is int and size > 0 for size in sizes):
         raise ValueError(
-            f"patch_size must be three positive ints (frames, rows, columns), got {value!r}"
+            f"{name} must be three positive ints (frames, rows, columns), got {value!r}"
         )
     return sizes
 
@@ -326,7 +334,13 @@ class Wan(nnx.Module):
         config = self.config
         embedded, modulation, text = self.conditioning(timestep, context)
         rotary = video_rotary(*grid, config.head_dim)
-        x = self.patch_embedding(_to_patches(latents, grid, config.patch_size))
+        patches = _to_patches(latents, grid, config.patch_size)
+        cubes = max(config.token_cube) > 1
+        if cubes:
+            order = cube_order(grid, config.token_cube)
+            rotary = jax.tree.map(lambda table: table[order], rotary)
+            patches = patches[:, order]
+        x = self.patch_embedding(patches)
         run = nnx.remat(WanBlock.__call__) if config.remat else WanBlock.__call__
         if config.scan:
             x = _scan(self.blocks, lambda block, x: run(block, x, text, modulation, rotary), x)
@@ -335,6 +349,8 @@ class Wan(nnx.Module):
                 x = run(block, x, text, modulation, rotary)
         final = Modulation(*jnp.split(embedded[:, None, :] + _wide(self.table)[None], 2, axis=1))
         patches = self.final_projection(_modulate(x, final, config.eps))
+        if cubes:
+            patches = patches[:, np.argsort(order)]
         return _from_patches(patches, grid, config.patch_size)
 
     def _grid(self, latents: Array, timestep: Array, context: Array) -> tuple[int, int, int]:
@@ -403,6 +419,20 @@ def _modulate(x: Array, modulation: Modulation, epsilon: float) -> Array:
     """`jaxgen.layers.modulate` with an epsilon of its own."""
     normalized = layer_norm(x, epsilon=epsilon)
     return (normalized * (1.0 + modulation.scale) + modulation.shift).astype(x.dtype)
+
+
+def cube_order(grid: tuple[int, int, int], cube: tuple[int, int, int]) -> np.ndarray:
+    """Returns the tokens of a video, numbered by frame, row and column, cube by cube.
+
+    Cubes that follow each other are neighbors in time; those at the end of an axis may be smaller.
+
+    Args:
+        grid: frames, rows and columns of patches.
+        cube: the same of a cube.
+    """
+    place = np.indices(grid).reshape(3, -1)
+    frame, row, column = place // np.array(cube)[:, None]
+    return np.lexsort((*place[::-1], frame, column, row)).astype(np.int32)
 
 
 def _to_patches(videos: Array, grid: tuple[int, int, int], patch: tuple[int, int, int]) -> Array:

@@ -8,6 +8,7 @@ from flax import nnx
 
 from jaxgen.layers import rotate, video_rotary
 from jaxgen.models import WAN_PRESETS, Wan, WanBlock, WanConfig
+from jaxgen.models.wan import cube_order
 
 TINY = WanConfig(
     num_layers=2,
@@ -140,6 +141,29 @@ def test_remat_and_scan_change_nothing_but_memory_and_compilation(remat, scan):
         value_and_gradient(False, False),
         value_and_gradient(remat, scan),
     )
+
+
+@pytest.mark.parametrize("cube", [(2, 1, 2), (2, 2, 2), (9, 9, 9)])
+def test_the_order_of_tokens_changes_nothing_but_what_blocks_are(cube):
+    seen = []
+
+    def attend(query, key, value):
+        seen.append(query)
+        return jax.nn.dot_product_attention(query, key, value)
+
+    inputs = _inputs()
+    plain = _perturbed(attend=lambda number: attend)
+    cubes = _perturbed(dataclasses.replace(TINY, token_cube=cube), attend=lambda number: attend)
+    np.testing.assert_allclose(plain(*inputs), cubes(*inputs), atol=2e-5)
+    order = cube_order((3, 2, 3), cube)
+    np.testing.assert_allclose(seen[2], seen[0][:, order], atol=1e-5)
+
+
+def test_cubes_follow_each_other_along_time():
+    frame, row, column = np.unravel_index(cube_order((4, 2, 3), (2, 2, 2)), (4, 2, 3))
+    assert list(zip(frame[:8], row[:8], column[:8], strict=True)) == list(np.ndindex(2, 2, 2))
+    assert (frame[8:16].min(), column[8:16].max()) == (2, 1)  # the same place, later
+    assert set(column[16:]) == {2}  # what is left of the last column
 
 
 def test_scan_keeps_intermediates_and_refuses_blocks_that_differ():
