@@ -33,9 +33,9 @@ from train.sla2_parts import (
 from train.state import Arrays, make_optimizer, take_apart
 from train.text_to_video_config import Config as VideoConfig
 from train.text_to_video_parts import (
-    Sampler,
     Validation,
     choose_captions,
+    draw_clips,
     load_export,
     make_loss,
     open_clips,
@@ -44,6 +44,8 @@ from train.text_to_video_parts import (
 )
 
 type Report = dict[str, Any]
+
+_OF_CLIPS = ("frames", "size", "figures")
 
 
 def train(
@@ -77,8 +79,7 @@ def train(
     trained_as = card["config"]
     shape = trained_as["frames"], trained_as["size"], trained_as["size"]
     if clips is None:
-        names = ("frames", "size", "figures")
-        clips = open_clips(VideoConfig(**{name: trained_as[name] for name in names}))
+        clips = open_clips(VideoConfig(**{name: trained_as[name] for name in _OF_CLIPS}))
     replaced = replace_attention(config, teacher, shape)
     validation = Validation(
         {split: clips[split] for split in ("validation", "held_out")},
@@ -123,7 +124,7 @@ def train(
         "method": config.method,
         "kept_fraction": config.kept_fraction,
         "seed": config.seed,
-        "config": run_folder.to_json(config),
+        "config": run_folder.to_json(config) | {name: trained_as[name] for name in _OF_CLIPS},
         "pretrained": {name: card[name] for name in ("name", "steps", "validation")},
         "attention_error": _means(errors),
         "attention_error_by_block": errors,
@@ -137,16 +138,9 @@ def train(
     models = replaced.evaluation.join(jax.device_put(arrays))
     save_export(config.output / "export", models, tokenizer, report, config.export_dtype)
     if config.samples:
-        sampler = Sampler(
-            tokenizer,
-            choose_captions(clips),
-            frames=shape[0],
-            size=shape[1],
-            steps=config.sample_steps,
-            guidance_scale=config.guidance_scale,
-        )
-        videos = sampler(replaced.evaluation, arrays)
-        save_samples(videos, sampler.captions, config.output / "samples")
+        captions = choose_captions(clips)
+        videos = draw_clips(config, models, tokenizer, captions, shape)
+        save_samples(videos, captions, config.output / "samples")
     write_atomically(report_path, [(json.dumps(report, indent=2) + "\n").encode()])
     say(f"after fine-tuning: {report['finished']}; wrote {report_path}")
     return report

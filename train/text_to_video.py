@@ -30,9 +30,9 @@ from train.run import (
 from train.state import Arrays, Skeleton, make_optimizer, take_apart
 from train.text_to_video_config import Config
 from train.text_to_video_parts import (
-    Sampler,
     Validation,
     choose_captions,
+    draw_clips,
     load_export,
     make_loss,
     make_models,
@@ -147,21 +147,13 @@ def sample_hook(
     config: Config, clips: Mapping[str, Clips], tokenizer: WordTokenizer, skeleton: Skeleton
 ) -> Callable[[int, Arrays], None]:
     """Return a hook that draws some captions to `samples`."""
-
-    @functools.cache
-    def sampler() -> Sampler:
-        return Sampler(
-            tokenizer,
-            config.sample_captions or choose_captions(clips),
-            frames=config.frames,
-            size=config.size,
-            steps=config.sample_steps,
-            guidance_scale=config.guidance_scale,
-        )
+    captions = config.sample_captions or choose_captions(clips)
+    shape = config.frames, config.size, config.size
 
     def draw(step: int, arrays: Arrays) -> None:
-        videos = sampler()(skeleton, arrays)
-        save_samples(videos, sampler().captions, config.output / "samples" / f"{step:07d}")
+        models = skeleton.join(jax.device_put({name: arrays[name] for name in skeleton.names}))
+        videos = draw_clips(config, models, tokenizer, captions, shape)
+        save_samples(videos, captions, config.output / "samples" / f"{step:07d}")
 
     return draw
 

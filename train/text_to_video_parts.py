@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,28 +12,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int32, PRNGKeyArray, UInt8
 
-from jaxgen.checkpoints import (
-    config_from_json,
-    config_to_json,
-    export_flat,
-    load_flat,
-    load_safetensors,
-    load_wan_folder,
-    parse_json_object,
-    save_safetensors,
-    save_wan_folder,
-    write_atomically,
-)
 from jaxgen.models import TextEncoder, TextEncoderConfig, Wan
 from jaxgen.models.wan import Attend
 from jaxgen.pictures import image_grid
+from jaxgen.pipelines import TextToVideo
 from jaxgen.sampling import (
-    Conditioning,
-    FlowMatchingSchedule,
     LogitNormal,
     add_noise,
-    classifier_free_guidance,
-    euler_sample,
     flow_matching_loss,
     timestep_of,
 )
@@ -47,7 +31,6 @@ _MAX_TOKENS = 24  # the longest caption has so many words
 _VALIDATION_SEED = 2024
 _VALIDATION_BATCH = 16
 _SHEET_COLUMNS = 8
-_WEIGHTS = "model.safetensors"
 
 
 class Models(nnx.Module):
@@ -195,56 +178,31 @@ def _validation_losses(skeleton: Skeleton, levels: int, arrays, video, tokens, n
     return jax.lax.scan(at_level, jnp.float32(0), jnp.arange(levels, dtype=jnp.uint32))[0]
 
 
-class Sampler:
-    """Draws clips for captions with the first noise; compiled once.
+def draw_clips(
+    config: Any,
+    models: Models,
+    tokenizer: WordTokenizer,
+    captions: Sequence[str],
+    shape: tuple[int, int, int],
+) -> UInt8[np.ndarray, "captions frames height width 3"]:
+    """Return one clip a caption.
 
     Args:
+        config: Holds `sample_steps` and `guidance_scale`.
+        models: Draw them.
         tokenizer: Encodes the captions.
         captions: What to draw.
-        frames: Frames a clip.
-        size: Side of a frame in pixels.
-        steps: Euler steps.
-        guidance_scale: Of classifier-free guidance.
+        shape: Frames, height and width.
     """
-
-    def __init__(
-        self,
-        tokenizer: WordTokenizer,
-        captions: Sequence[str],
-        *,
-        frames: int,
-        size: int,
-        steps: int,
-        guidance_scale: float,
-    ):
-        self.captions = tuple(captions)
-        self._tokens = tokenizer.encode(self.captions)
-        self._shape = (len(self.captions), frames, size, size, 3)
-        self._guidance, self._sigmas = guidance_scale, FlowMatchingSchedule().sigmas(steps)
-        self._draw = jax.jit(self._sample, static_argnums=0)
-
-    def __call__(
-        self, skeleton: Skeleton, arrays: Arrays
-    ) -> UInt8[np.ndarray, "captions frames size size 3"]:
-        """Return one clip a caption."""
-        arrays = jax.device_put({name: arrays[name] for name in skeleton.names})
-        return np.asarray(self._draw(skeleton, arrays, self._tokens))
-
-    def _sample(self, skeleton: Skeleton, arrays, tokens) -> Array:
-        models = skeleton.join(arrays)
-        context, pooled = models.text_encoder(jnp.concatenate([tokens, 0 * tokens[:1]]))
-        empty = [jnp.broadcast_to(x[-1:], x[:-1].shape) for x in (context, pooled)]
-
-        def velocity(pictures, timestep, context, pooled):
-            noisy = pictures.reshape(-1, *self._shape[1:])
-            return as_pictures(models.transformer(noisy, timestep, context))
-
-        guided = classifier_free_guidance(
-            velocity, Conditioning(context[:-1], pooled[:-1]), Conditioning(*empty), self._guidance
-        )
-        noise = jax.random.normal(jax.random.key(0), self._shape, jnp.float32)
-        clips = euler_sample(guided, as_pictures(noise), self._sigmas).reshape(self._shape)
-        return jnp.round(jnp.clip(127.5 * (clips + 1), 0, 255)).astype(jnp.uint8)
+    frames, height, width = shape
+    return TextToVideo(models.transformer, models.text_encoder, tokenizer)(
+        captions,
+        frames=frames,
+        height=height,
+        width=width,
+        steps=config.sample_steps,
+        guidance_scale=config.guidance_scale,
+    )
 
 
 def choose_captions(clips: Mapping[str, Clips], count: int = 4) -> tuple[str, ...]:
@@ -279,25 +237,8 @@ def save_export(
     folder: Path, models: Models, tokenizer: WordTokenizer, card: Mapping[str, Any], dtype: str
 ) -> None:
     """Write models as safetensors and JSON; parameters of plugged-in attention stay float32."""
-    graph, state = nnx.split(models)
-    narrowed = [
-        (path, variable.replace(jnp.asarray(variable[...], dtype)))
-        if jnp.issubdtype(variable.dtype, jnp.floating) and "attend" not in path
-        else (path, variable)
-        for path, variable in nnx.to_flat_state(state)
-    ]
-    models = nnx.merge(graph, nnx.from_flat_state(narrowed))
-    save_wan_folder(folder / "transformer", models.transformer)
-    encoder = folder / "text_encoder"
-    encoder.mkdir(parents=True, exist_ok=True)
-    save_safetensors(encoder / _WEIGHTS, export_flat(models.text_encoder))
-    plain = dataclasses.replace(
-        models.text_encoder.config, dtype=jnp.float32, param_dtype=jnp.float32
-    )
-    write_atomically(encoder / "config.json", [config_to_json(plain).encode()])
-    tokenizer.save(folder / "tokenizer.json")
-    text = json.dumps(dict(card), indent=2, ensure_ascii=False) + "\n"
-    write_atomically(folder / "card.json", [text.encode()])
+    pipeline = TextToVideo(models.transformer, models.text_encoder, tokenizer, card)
+    pipeline.save_pretrained(folder, dtype)
 
 
 def load_export(
@@ -320,23 +261,16 @@ def load_export(
 
     Raises:
         FileNotFoundError: A file is missing.
-        ValueError: A damaged file, or weights that do not fit.
+        ValueError: A damaged file, weights that do not fit, or no text encoder of ours.
     """
-    transformer = load_wan_folder(
-        folder / "transformer",
+    pipeline = TextToVideo.from_pretrained(
+        folder,
+        attention=attend or (lambda number: full_attention),
         dtype=precision,
         param_dtype=jnp.float32,
         remat=remat,
-        attend=attend or (lambda number: full_attention),
     )
-    path = folder / "text_encoder"
-    text = (path / "config.json").read_text(encoding="utf-8")
-    config = config_from_json(TextEncoderConfig, text, str(path / "config.json"))
-    config = dataclasses.replace(config, dtype=precision, param_dtype=jnp.float32)
-    encoder = load_flat(
-        lambda: TextEncoder(config, rngs=nnx.Rngs(0)),
-        load_safetensors(path / _WEIGHTS),
-        str(path / _WEIGHTS),
-    )
-    card = parse_json_object((folder / "card.json").read_bytes(), str(folder / "card.json"))
-    return Models(transformer, encoder), WordTokenizer.load(folder / "tokenizer.json"), card
+    if pipeline.text_encoder is None or pipeline.tokenizer is None:
+        raise ValueError(f"{folder} is a released model, without a text encoder of ours")
+    models = Models(pipeline.transformer, pipeline.text_encoder)
+    return models, pipeline.tokenizer, pipeline.card

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxgen.checkpoints import export_flat, load_safetensors, save_wan_folder
+from jaxgen.checkpoints import load_safetensors, save_wan_folder
 from jaxgen.models import MMDIT_PRESETS, TextEncoder, TextEncoderConfig, Wan, WanConfig
 from jaxgen.pipelines import TextToVideo, text_to_image
 from jaxgen.pipelines import text_to_video as module
@@ -19,7 +19,6 @@ from jaxgen.pipelines.arguments import seeds_and_indices
 from jaxgen.pipelines.noise import draw_normal
 from jaxgen.sampling import FlowMatchingSchedule
 from jaxgen.text import WordTokenizer
-from train import text_to_video_parts
 
 GOLDENS = Path(__file__).parents[2] / "goldens/wan_folder"
 SAMPLING = {"steps": 4, "guidance_scale": 3.5}  # as in goldens/write_wan.py
@@ -308,27 +307,6 @@ def test_captioned_round_trip(captioned, captioned_folder):
     np.testing.assert_array_equal(*draws)
     assert loaded.card == CARD
     assert loaded.tokenizer == TOKENIZER
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_video_training_has_the_same_files(captioned, tmp_path, dtype):
-    models = text_to_video_parts.Models(captioned.transformer, captioned.text_encoder)
-    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
-    text_to_video_parts.save_export(theirs, models, TOKENIZER, CARD, dtype)
-    captioned.save_pretrained(ours, dtype=dtype)
-    assert files_of(ours) == files_of(theirs)
-    for name in files_of(ours):
-        assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
-    loaded, tokenizer, card = text_to_video_parts.load_export(ours, precision="bfloat16")
-    again = TextToVideo.from_pretrained(ours, dtype=jnp.bfloat16, param_dtype=jnp.float32)
-    assert (tokenizer, card) == (again.tokenizer, again.card)
-    for name in ("transformer", "text_encoder"):
-        one, other = getattr(loaded, name), getattr(again, name)
-        assert one.config == other.config
-        arrays = export_flat(other)
-        assert all(array.dtype == np.float32 for array in arrays.values())
-        for key, array in export_flat(one).items():
-            np.testing.assert_array_equal(arrays[key], array)
 
 
 class Scaled(nnx.Module):
