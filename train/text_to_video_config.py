@@ -57,7 +57,7 @@ class Config(Options):
 
     # --- model ---
     model: str = "moving-emoji"
-    """Preset: moving-emoji (20 million parameters) or tiny."""
+    """Preset: moving-emoji (5.6 million parameters with its text encoder) or tiny."""
     attention: Literal["exact", "int8"] = "exact"
     """Arithmetic of the self-attention; both are full attention."""
     start_from: Path | None = None
