@@ -18,6 +18,7 @@ from jaxgen.layers import (
     RouterParam,
     SLA1Attention,
     SparseLinearAttention,
+    exact_attention,
 )
 from jaxgen.models.wan import Attend, WanConfig
 from jaxgen.sampling import LogitNormal, add_noise
@@ -27,7 +28,6 @@ from train.state import Arrays, Loss, Skeleton, names_of, take_apart
 from train.text_to_video_parts import (
     Models,
     as_pictures,
-    full_attention,
     load_export,
     predict,
     to_floats,
@@ -77,7 +77,7 @@ def attention_factory(config: Config, model: WanConfig, tokens: int) -> Callable
     def make(number: int) -> Attend:
         match method.kind:
             case "full":
-                return full_attention
+                return exact_attention
             case "sla1":
                 sla1 = {"feature_map": config.feature_map, "complement": config.complement}
                 return SLA1Attention(model.head_dim, **cut, **sla1)
@@ -140,7 +140,7 @@ class _Recorder(nnx.Module):
         self.layer, self.statistic = layer, statistic
 
     def __call__(self, query: Array, key: Array, value: Array) -> Array:
-        full = full_attention(query, key, value)
+        full = exact_attention(query, key, value)
         self.found = nnx.Intermediate(self.statistic(self.layer, (query, key, value), full))
         return full
 

@@ -41,13 +41,6 @@ class Models(nnx.Module):
         self.text_encoder = text_encoder
 
 
-def full_attention(query: Array, key: Array, value: Array) -> Array:
-    """Exact attention; on GPUs, in 16 bits, by cuDNN, which stores no array of queries x keys."""
-    fast = jax.default_backend() == "gpu" and query.dtype in (jnp.bfloat16, jnp.float16)
-    implementation = "cudnn" if fast else None
-    return jax.nn.dot_product_attention(query, key, value, implementation=implementation)
-
-
 def open_clips(config: Config) -> dict[str, Clips]:
     """Return the data set by split."""
     from train.moving_emoji import SPLITS, MovingEmoji
@@ -79,8 +72,7 @@ def make_models(config: Config, tokenizer: WordTokenizer) -> Models:
         dtype=config.precision,
     )
     rngs = nnx.Rngs(config.seed)
-    attend = (lambda number: full_attention) if config.attention == "exact" else None
-    return Models(Wan(transformer, attend=attend, rngs=rngs), TextEncoder(encoder, rngs=rngs))
+    return Models(Wan(transformer, rngs=rngs), TextEncoder(encoder, rngs=rngs))
 
 
 def predict(
@@ -265,7 +257,7 @@ def load_export(
     """
     pipeline = TextToVideo.from_pretrained(
         folder,
-        attention=attend or (lambda number: full_attention),
+        attention=attend or "exact",
         dtype=precision,
         param_dtype=jnp.float32,
         remat=remat,

@@ -5,6 +5,7 @@ from jaxgen.layers.attention import HeadProjections as HeadProjections
 from jaxgen.layers.attention import JointAttention as JointAttention
 from jaxgen.layers.attention import SelfAttention as SelfAttention
 from jaxgen.layers.attention import attention_function as attention_function
+from jaxgen.layers.attention import exact_attention as exact_attention
 from jaxgen.layers.embeddings import PatchEmbedding as PatchEmbedding
 from jaxgen.layers.embeddings import PositionTable as PositionTable
 from jaxgen.layers.embeddings import TimestepTextEmbedding as TimestepTextEmbedding

@@ -1,7 +1,7 @@
 """Attention layers: projections of one stream, self-attention, and the joint attention of SD3.
 
-The arithmetic between the projections is a function with the signature of
-`jax.nn.dot_product_attention`, chosen by name: "exact", or "int8", which trains with 8-bit
+The arithmetic between the projections is a function called as `jax.nn.dot_product_attention`,
+chosen by name: "exact", which on GPUs in 16 bits is cuDNN's, or "int8", which trains with 8-bit
 integer matrix products (`kernels_pallas.sage_attention`).
 """
 
@@ -19,21 +19,21 @@ from jaxgen.layers.norms import RMSNorm
 AttentionName = Literal["exact", "int8"]
 
 _XAVIER = nnx.initializers.xavier_uniform()
+_MANY_SCORES = 2**24
 
 
 def attention_function(name: str) -> Callable[..., Any]:
     """Returns the attention function of this name, called as `jax.nn.dot_product_attention`.
 
     Args:
-        name: "exact" for `jax.nn.dot_product_attention`, "int8" for
-            `kernels_pallas.sage_attention`.
+        name: "exact" for `exact_attention`, "int8" for `kernels_pallas.sage_attention`.
 
     Raises:
         ValueError: any other name.
     """
     match name:
         case "exact":
-            return jax.nn.dot_product_attention
+            return exact_attention
         case "int8":
             from kernels_pallas import sage_attention
 
@@ -41,6 +41,39 @@ def attention_function(name: str) -> Callable[..., Any]:
         case _:
             allowed = ", ".join(map(repr, get_args(AttentionName)))
             raise ValueError(f"attention must be one of {allowed}, got {name!r}")
+
+
+def exact_attention(
+    query: Float[Array, "batch queries heads head_dim"],
+    key: Float[Array, "batch keys heads head_dim"],
+    value: Float[Array, "batch keys heads head_dim"],
+    mask: Bool[Array, "batch #heads #queries keys"] | None = None,
+) -> Float[Array, "batch queries heads head_dim"]:
+    """Softmax attention, that of cuDNN where XLA's would store many scores.
+
+    XLA writes an array of queries x keys for each head. On GPUs, in 16 bits and without a mask,
+    cuDNN needs none; small calls stay with XLA, whose backward pass gives equal bits each time.
+
+    Args:
+        query: any float dtype.
+        key: dtype of the query.
+        value: like the key.
+        mask: True where a query may see a key.
+    """
+    batch, queries, heads, dim = query.shape
+    fast = (
+        mask is None
+        and jax.default_backend() == "gpu"
+        and query.dtype in (jnp.bfloat16, jnp.float16)
+        and dim % 8 == 0
+        and dim <= 128
+        and batch * heads * queries * key.shape[1] >= _MANY_SCORES
+    )
+    implementation = "cudnn" if fast else None
+    with jax.numpy_dtype_promotion("standard"):  # it relies on it for 16 bits
+        return jax.nn.dot_product_attention(
+            query, key, value, mask=mask, implementation=implementation
+        )
 
 
 class HeadProjections(nnx.Module):

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from jaxgen.layers.attention import exact_attention
 from kernels_pallas import sparse_linear_attention
 from kernels_pallas.sparse_linear_attention.api import ImplementationName, Selection
 from kernels_pallas.sparse_linear_attention.blocks import Blocks
@@ -248,7 +249,7 @@ class SparseLinearAttention(nnx.Module):
         )
         shape = self.mixing_logits.shape
         if full is None:
-            full = jax.nn.dot_product_attention(query, key, value)
+            full = exact_attention(query, key, value)
         outputs = [full] + [
             self._attend(query, key, value, jnp.full(shape, logit, jnp.float32), "hard")
             for logit in (ALL_SPARSE, -ALL_SPARSE)

@@ -12,7 +12,7 @@ import pytest
 import tyro
 from jax.experimental.compilation_cache import compilation_cache
 
-from jaxgen.layers import SLA1Attention, SparseLinearAttention
+from jaxgen.layers import SLA1Attention, SparseLinearAttention, exact_attention
 from jaxgen.sampling import LogitNormal
 from tests.train.video_fixtures import CLIPS, FRAMES, SIZE, TOKENIZER
 from train import sla2, text_to_video_parts
@@ -31,7 +31,7 @@ from train.sla2_parts import (
 from train.state import take_apart
 from train.text_to_video_config import MODELS
 from train.text_to_video_config import Config as VideoConfig
-from train.text_to_video_parts import full_attention, load_export, make_models, save_export
+from train.text_to_video_parts import load_export, make_models, save_export
 
 SHAPE = (FRAMES, SIZE, SIZE)
 ATTEND = "transformer.blocks.0.self_attention.attend."
@@ -213,7 +213,7 @@ def test_what_each_method_is_and_trains(pretrained, tmp_path, monkeypatch, metho
     assert trained == expected.get(method, both)
     assert len(plans["stage2"].trained) > 20  # everything else
     layer = attention_factory(settings, TINY, 64)(0)
-    kinds = {"full": type(full_attention)} | dict.fromkeys(("sla1", "sla1-fitted"), SLA1Attention)
+    kinds = {"full": type(exact_attention)} | dict.fromkeys(("sla1", "sla1-fitted"), SLA1Attention)
     assert type(layer) is kinds.get(method, SparseLinearAttention)
     if isinstance(layer, SparseLinearAttention):
         alpha = {"sparse": 1.0, "sla2-fixed-alpha": 0.5}.get(method, 0.8808)

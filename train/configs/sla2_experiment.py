@@ -4,8 +4,9 @@ Command    python -m train.text_to_video --output runs/moving-emoji
            python -m train.configs.sla2_experiment --output runs/sla2-experiment
                --each.pretrained runs/moving-emoji/export
            Both resume when repeated; --time-limit cuts the second into pieces, and --methods,
-           --kept-fractions and --seeds into parts that may run on different machines into one
-           folder. The table always shows what the folder holds.
+           --kept-fractions and --seeds into parts that may run at once into one folder, each on
+           a GPU of its own (CUDA_VISIBLE_DEVICES) or several on one
+           (XLA_PYTHON_CLIENT_MEM_FRACTION). The table always shows what the folder holds.
 Hardware   not measured yet
 Outcome    not measured yet
 """
@@ -17,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxgen.checkpoints import write_atomically
@@ -141,8 +143,10 @@ def main() -> None:
     """Take the options, carry out the experiment, print the table."""
     import tyro
 
-    reports = carry_out(tyro.cli(Experiment, prog="python -m train.configs.sla2_experiment"))
-    print(table(reports))
+    experiment = tyro.cli(Experiment, prog="python -m train.configs.sla2_experiment")
+    # Runs that differ in their seed share compiled programs.
+    jax.config.update("jax_compilation_cache_dir", str(experiment.output / "compiled"))
+    print(table(carry_out(experiment)))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,13 @@ import pytest
 from flax import nnx
 
 import kernels_pallas
-from jaxgen.layers import HeadProjections, JointAttention, SelfAttention, attention_function
+from jaxgen.layers import (
+    HeadProjections,
+    JointAttention,
+    SelfAttention,
+    attention_function,
+    exact_attention,
+)
 
 
 def _random(*shape, seed=0):
@@ -13,8 +19,36 @@ def _random(*shape, seed=0):
 
 
 def test_attention_names():
-    assert attention_function("exact") is jax.nn.dot_product_attention
+    assert attention_function("exact") is exact_attention
     assert attention_function("int8") is kernels_pallas.sage_attention
+
+
+@pytest.mark.parametrize(
+    ("changes", "implementation"),
+    [
+        ({}, "cudnn"),
+        ({"dtype": jnp.float16}, "cudnn"),
+        ({"dtype": jnp.float32}, None),
+        ({"shape": (1, 2047, 4, 64)}, None),  # fewer than 2**24 scores
+        ({"shape": (1, 2048, 4, 60)}, None),
+        ({"shape": (1, 2048, 4, 256)}, None),
+        ({"mask": jnp.ones((1, 1, 1, 2048), jnp.bool_)}, None),
+        ({"backend": "cpu"}, None),
+    ],
+)
+def test_exact_attention_is_that_of_cudnn_where_scores_are_many(
+    monkeypatch, changes, implementation
+):
+    options = {"shape": (1, 2048, 4, 64), "dtype": jnp.bfloat16, "mask": None, "backend": "gpu"}
+    options |= changes
+    called = []
+    monkeypatch.setattr(jax, "default_backend", lambda: options["backend"])
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda *_, **keywords: called.append(keywords)
+    )
+    x = jnp.zeros(options["shape"], options["dtype"])
+    exact_attention(x, x, x, options["mask"])
+    assert called == [{"mask": options["mask"], "implementation": implementation}]
 
 
 def test_unknown_attention_name_is_refused_with_the_choices():
