@@ -3,6 +3,7 @@
 from jaxgen.layers.attention import AttentionName as AttentionName
 from jaxgen.layers.attention import HeadProjections as HeadProjections
 from jaxgen.layers.attention import JointAttention as JointAttention
+from jaxgen.layers.attention import KeyValues as KeyValues
 from jaxgen.layers.attention import SelfAttention as SelfAttention
 from jaxgen.layers.attention import attention_function as attention_function
 from jaxgen.layers.attention import exact_attention as exact_attention

@@ -6,13 +6,13 @@ integer matrix products (`kernels_pallas.sage_attention`).
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int32
 
 from jaxgen.layers.norms import RMSNorm
 
@@ -74,6 +74,28 @@ def exact_attention(
         return jax.nn.dot_product_attention(
             query, key, value, mask=mask, implementation=implementation
         )
+
+
+class KeyValues(NamedTuple):
+    """Keys and values of the tokens of one stream, as attention takes them; a pytree.
+
+    Attributes:
+        key: (batch, tokens, heads, head_dim), after its norm.
+        value: like the key.
+    """
+
+    key: Array
+    value: Array
+
+    def updated(self, rows: Int32[Array, "batch active"], new: "KeyValues") -> "KeyValues":
+        """Returns these with some tokens replaced, whose rising, distinct numbers `rows` holds."""
+        batch = jnp.arange(rows.shape[0], dtype=rows.dtype)[:, None]
+
+        def write(old: Array, part: Array) -> Array:
+            place = old.at[batch, rows]
+            return place.set(part.astype(old.dtype), indices_are_sorted=True, unique_indices=True)
+
+        return KeyValues(write(self.key, new.key), write(self.value, new.value))
 
 
 class HeadProjections(nnx.Module):
@@ -182,7 +204,32 @@ class SelfAttention(nnx.Module):
     ) -> Float[Array, "batch tokens dim"]:
         """Attends; `mask` is True where a query (third axis) may see a key (last axis)."""
         query, key, value = self.heads.split(x)
-        merged = self.heads.merge(self.attend(query, key, value, mask=mask))
+        return self._merge(self.attend(query, key, value, mask=mask))
+
+    def cached(
+        self,
+        x: Float[Array, "batch active dim"],
+        rows: Int32[Array, "batch active"] | None = None,
+        cache: KeyValues | None = None,
+    ) -> tuple[Float[Array, "batch active dim"], KeyValues]:
+        """Attends to tokens of which only some are here.
+
+        Args:
+            x: all tokens, or those numbered `rows`.
+            rows: rising numbers of the tokens that are here; None if all are.
+            cache: keys and values of all tokens; needed with `rows`.
+
+        Returns:
+            What `x` found, and the keys and values of all tokens, those of `x` new.
+        """
+        query, key, value = self.heads.split(x)
+        keys = KeyValues(key, value)
+        if rows is not None and cache is not None:
+            keys = cache.updated(rows, keys)
+        return self._merge(self.attend(query, *_as(query, keys))), keys
+
+    def _merge(self, heads: Array) -> Array:
+        merged = self.heads.merge(heads)
         assert merged is not None  # HeadProjections above has an output projection
         return merged
 
@@ -233,8 +280,29 @@ class JointAttention(nnx.Module):
         Float[Array, "batch image_tokens dim"], Float[Array, "batch text_tokens dim"] | None
     ]:
         """Returns the attention output of both streams, None for text without `text_output`."""
-        image_query, image_key, image_value = self.image.split(image)
+        image_out, text_out, _ = self.cached(image, text)
+        return image_out, text_out
+
+    def cached(
+        self,
+        image: Float[Array, "batch active dim"],
+        text: Float[Array, "batch text_tokens dim"],
+        rows: Int32[Array, "batch active"] | None = None,
+        cache: KeyValues | None = None,
+    ) -> tuple[
+        Float[Array, "batch active dim"], Float[Array, "batch text_tokens dim"] | None, KeyValues
+    ]:
+        """Attends to image tokens of which only some are here; arguments as in `SelfAttention`.
+
+        Returns:
+            The output of both streams, and the keys and values of all image tokens.
+        """
+        image_query, *image_keys = self.image.split(image)
         text_query, text_key, text_value = self.text.split(text)
+        keys = KeyValues(*image_keys)
+        if rows is not None and cache is not None:
+            keys = cache.updated(rows, keys)
+        image_key, image_value = _as(image_query, keys)
         key = jnp.concatenate([image_key, text_key], axis=1)
         value = jnp.concatenate([image_value, text_value], axis=1)
         # Without a text output nobody would read what the text queries find.
@@ -243,4 +311,9 @@ class JointAttention(nnx.Module):
         image_heads, text_heads = jnp.split(self.attend(query, key, value), [image.shape[1]], 1)
         merged = self.image.merge(image_heads)
         assert merged is not None  # the image stream always has an output projection
-        return merged, self.text.merge(text_heads)
+        return merged, self.text.merge(text_heads), keys
+
+
+def _as(query: Array, keys: KeyValues) -> KeyValues:
+    """Returns keys and values in the dtype of the query; a cache may be kept in another."""
+    return KeyValues(*(array.astype(query.dtype) for array in keys))

@@ -11,13 +11,13 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from jaxgen.layers import (
     AdaLNScaleShift,
@@ -25,6 +25,7 @@ from jaxgen.layers import (
     AttentionName,
     FeedForward,
     JointAttention,
+    KeyValues,
     PatchEmbedding,
     SelfAttention,
     TimestepTextEmbedding,
@@ -133,6 +134,21 @@ _POSITIVE = (
 )
 
 
+class BlockCache(NamedTuple):
+    """Keys and values of all image tokens in one block; a pytree.
+
+    Attributes:
+        joint: those of the joint attention.
+        second: those of the second attention of a dual block, otherwise None.
+    """
+
+    joint: KeyValues | None
+    second: KeyValues | None
+
+
+type Cache = tuple[BlockCache, ...]
+
+
 class MMDiTBlock(nnx.Module):
     """One block: joint attention and an MLP for each stream, modulated by the conditioning.
 
@@ -164,25 +180,53 @@ class MMDiTBlock(nnx.Module):
         conditioning: Float[Array, "batch width"],
     ) -> tuple[Float[Array, "batch image_tokens width"], Float[Array, "batch text_tokens width"]]:
         """Returns both streams; the last block returns `text` as it was."""
+        image, text, _ = self.cached(image, text, conditioning)
+        return image, text
+
+    def cached(
+        self,
+        image: Float[Array, "batch active width"],
+        text: Float[Array, "batch text_tokens width"],
+        conditioning: Float[Array, "batch width"],
+        rows: Int32[Array, "batch active"] | None = None,
+        cache: BlockCache | None = None,
+    ) -> tuple[
+        Float[Array, "batch active width"], Float[Array, "batch text_tokens width"], BlockCache
+    ]:
+        """Runs the block for some of the image tokens, the others being keys in the cache.
+
+        Args:
+            image: all image tokens, or those numbered `rows`.
+            text: all text tokens.
+            conditioning: time step and pooled text.
+            rows: rising numbers of the image tokens that are here; None if all are.
+            cache: keys and values of all image tokens; needed with `rows`.
+
+        Returns:
+            Both streams, and the keys and values of all image tokens.
+        """
+        joint, second = (None, None) if cache is None else cache
         image_joint, image_feed, *image_dual = self.image_modulation(conditioning)
         text_joint, *text_feed = self.text_modulation(conditioning)
-        image_out, text_out = self.attention(
-            modulate(image, image_joint), modulate(text, text_joint)
+        image_out, text_out, joint = self.attention.cached(
+            modulate(image, image_joint), modulate(text, text_joint), rows, joint
         )
 
         # The second attention reads the tokens as they were before the first one's update.
         dual_out = None
         if self.image_attention is not None:
-            dual_out = self.image_attention(modulate(image, image_dual[0]))
+            dual_out, second = self.image_attention.cached(
+                modulate(image, image_dual[0]), rows, second
+            )
         image = add_gated(image, image_out, image_joint)
         if dual_out is not None:
             image = add_gated(image, dual_out, image_dual[0])
         image = add_gated(image, self.image_mlp(modulate(image, image_feed)), image_feed)
 
-        if text_out is None or self.text_mlp is None:
-            return image, text
-        text = add_gated(text, text_out, text_joint)
-        return image, add_gated(text, self.text_mlp(modulate(text, text_feed[0])), text_feed[0])
+        if text_out is not None and self.text_mlp is not None:
+            text = add_gated(text, text_out, text_joint)
+            text = add_gated(text, self.text_mlp(modulate(text, text_feed[0])), text_feed[0])
+        return image, text, BlockCache(joint, second)
 
 
 class MMDiT(nnx.Module):
@@ -236,17 +280,94 @@ class MMDiT(nnx.Module):
         Raises:
             ValueError: a shape that does not fit the configuration or the batch.
         """
-        self._check(latents, timestep, context, pooled)
-        image = self.patch_embedding(latents)
-        conditioning = self.conditioning(timestep, pooled)
-        text = self.text_embedding(context)
+        image, text, conditioning = self._embed(latents, timestep, context, pooled)
         for block in self.blocks:
             apply = _rematerialized(block) if self.config.remat else block
             image, text = apply(image, text, conditioning)
+        patches = self._predict(image, conditioning)
+        return unpatchify(patches, self.config.patch_size, *latents.shape[1:3])
+
+    def with_cache(
+        self,
+        latents: Float[Array, "batch height width in_channels"],
+        timestep: Float[Array, " batch"],
+        context: Float[Array, "batch text_tokens joint_attention_dim"],
+        pooled: Float[Array, "batch pooled_projection_dim"],
+    ) -> tuple[Float[Array, "batch height width out_channels"], Cache]:
+        """Returns what a call returns, and the keys and values of all image tokens."""
+        image, text, conditioning = self._embed(latents, timestep, context, pooled)
+        cache = []
+        for block in self.blocks:
+            image, text, of_block = block.cached(image, text, conditioning)
+            cache.append(of_block)
+        patches = self._predict(image, conditioning)
+        return unpatchify(patches, self.config.patch_size, *latents.shape[1:3]), tuple(cache)
+
+    def masked(
+        self,
+        latents: Float[Array, "batch height width in_channels"],
+        timestep: Float[Array, " batch"],
+        context: Float[Array, "batch text_tokens joint_attention_dim"],
+        pooled: Float[Array, "batch pooled_projection_dim"],
+        rows: Int32[Array, "batch active"],
+        cache: Cache,
+    ) -> tuple[Float[Array, "batch active patch"], Cache]:
+        """Predicts the velocity of some patches, while the others are only attended to.
+
+        The masked pass of HybridStitch (arXiv 2603.07815, a reconstruction): a fresh cache gives
+        the result of a call, an older one an approximation.
+
+        Args:
+            latents: as for a call, all of them.
+            timestep: likewise.
+            context: likewise.
+            pooled: likewise.
+            rows: rising, distinct numbers of the patches to predict, row by row; see `patchify`.
+            cache: keys and values from `with_cache` or an earlier masked pass.
+
+        Returns:
+            The velocity of these patches, as `patchify` orders their values, and the cache with
+            their new keys and values.
+
+        Raises:
+            ValueError: a shape that does not fit, also of rows and cache.
+        """
+        image, text, conditioning = self._embed(latents, timestep, context, pooled)
+        self._check_cache(image, rows, cache)
+        image = jnp.take_along_axis(image, rows[..., None], axis=1)
+        updated = []
+        for block, of_block in zip(self.blocks, cache, strict=True):
+            image, text, of_block = block.cached(image, text, conditioning, rows, of_block)
+            updated.append(of_block)
+        return self._predict(image, conditioning), tuple(updated)
+
+    def _embed(self, latents, timestep, context, pooled) -> tuple[Array, Array, Array]:
+        """Checks the inputs; returns image tokens, text tokens and the conditioning."""
+        self._check(latents, timestep, context, pooled)
+        image = self.patch_embedding(latents)
+        return image, self.text_embedding(context), self.conditioning(timestep, pooled)
+
+    def _predict(self, image: Array, conditioning: Array) -> Array:
+        """Returns the velocity of patches."""
         (modulation,) = self.final_modulation(conditioning)
-        patches = self.final_projection(modulate(image, modulation))
-        _, height, width, _ = latents.shape
-        return unpatchify(patches, self.config.patch_size, height, width)
+        return self.final_projection(modulate(image, modulation))
+
+    def _check_cache(self, image: Array, rows: Array, cache: Cache) -> None:
+        """Checks that rows and cache are those of the image tokens."""
+        config, (batch, tokens, _) = self.config, image.shape
+        active = rows.shape[1] if rows.ndim == 2 else 0
+        if rows.shape != (batch, active) or not 0 < active <= tokens:
+            raise ValueError(
+                f"rows must have shape ({batch}, 1 to {tokens} patches), got {rows.shape}"
+            )
+        shape = (batch, tokens, config.num_heads, config.head_dim)
+        found = [array.shape for array in jax.tree.leaves(cache)]
+        arrays = 2 * (config.num_layers + len(config.dual_attention_layers))
+        if len(cache) != config.num_layers or found != [shape] * arrays:
+            raise ValueError(
+                f"the cache must hold {arrays} arrays of shape {shape} in {config.num_layers} "
+                f"blocks, got {len(found)} of shapes {sorted(set(found))} in {len(cache)}"
+            )
 
     def _check(self, latents: Array, timestep: Array, context: Array, pooled: Array) -> None:
         """Checks what `PatchEmbedding` does not: ranks, text sizes and the common batch."""

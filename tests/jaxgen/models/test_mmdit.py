@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxgen.layers import PositionTable
+from jaxgen.layers import PositionTable, patchify
 from jaxgen.models import MMDIT_PRESETS, MMDiT, MMDiTConfig
 
 TINY = MMDiTConfig(
@@ -232,3 +232,85 @@ def test_equal_configurations_compare_and_hash_equal():
     typed = dataclasses.replace(TINY, dtype=jnp.bfloat16)
     assert named == typed
     assert hash(named) == hash(typed)
+
+
+VARIANTS = {
+    "plain": {"qk_norm": False, "dual_attention_layers": ()},
+    "qk_norm": {"dual_attention_layers": ()},
+    "dual": {"num_layers": 3, "dual_attention_layers": (0, 1)},
+}
+
+
+def _cached(name):
+    """A model, inputs, and everything that a full pass gives."""
+    config = dataclasses.replace(TINY, **VARIANTS[name])
+    model, inputs = _perturbed(config), _inputs(config)
+    velocity, cache = nnx.jit(type(model).with_cache)(model, *inputs)
+    return model, inputs, patchify(velocity, config.patch_size), cache
+
+
+_masked = nnx.jit(MMDiT.masked)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_masked_pass_with_a_fresh_cache_is_the_full_pass(name):
+    model, inputs, wanted, cache = _cached(name)
+    plain = patchify(_run(model, *inputs), model.config.patch_size)
+    np.testing.assert_allclose(wanted, plain, atol=1e-6)
+    rows = jnp.array([[0, 3, 7, 8], [1, 2, 10, 11]], jnp.int32)
+    found, updated = _masked(model, *inputs, rows, cache)
+    np.testing.assert_allclose(
+        found, jnp.take_along_axis(wanted, rows[..., None], axis=1), atol=1e-5
+    )
+    for old, new in zip(jax.tree.leaves(cache), jax.tree.leaves(updated), strict=True):
+        np.testing.assert_allclose(old, new, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_full_mask_needs_no_cache_and_an_old_one_matters_otherwise(name):
+    model, inputs, wanted, cache = _cached(name)
+    latents, timestep, *text = inputs
+    other = (latents + 1.0, 0.5 * timestep, *text)
+    everything = jnp.tile(jnp.arange(wanted.shape[1], dtype=jnp.int32), (len(wanted), 1))
+    moved = patchify(_run(model, *other), model.config.patch_size)
+    found, fresh = _masked(model, *other, everything, cache)
+    np.testing.assert_allclose(found, moved, atol=1e-5)
+    _, full = nnx.jit(MMDiT.with_cache)(model, *other)
+    for one, two in zip(jax.tree.leaves(fresh), jax.tree.leaves(full), strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-5)
+    part, updated = _masked(model, *other, everything[:, 2:6], cache)
+    assert jnp.abs(part - moved[:, 2:6]).max() > 1e-3
+    for old, new in zip(jax.tree.leaves(cache), jax.tree.leaves(updated), strict=True):
+        np.testing.assert_array_equal(old[:, [0, 1, *range(6, 12)]], new[:, [0, 1, *range(6, 12)]])
+        assert jnp.abs(old[:, 2:6] - new[:, 2:6]).max() > 1e-3
+
+
+def test_a_masked_pass_of_two_is_two_of_one():
+    model, inputs, _, cache = _cached("dual")
+    rows = jnp.array([[0, 3, 7], [1, 2, 10]], jnp.int32)
+    both, _ = _masked(model, *inputs, rows, cache)
+    for i in range(2):
+        one = jax.tree.map(lambda array, i=i: array[i : i + 1], (*inputs, rows, cache))
+        np.testing.assert_allclose(_masked(model, *one)[0], both[i : i + 1], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "change", "message"),
+    [
+        (np.zeros((2, 0)), None, r"rows must have shape \(2, 1 to 12 patches\), got \(2, 0\)"),
+        (np.zeros((1, 3)), None, r"rows must have shape \(2, 1 to 12 patches\), got \(1, 3\)"),
+        (np.zeros((2, 13)), None, r"rows must have shape .*, got \(2, 13\)"),
+        (np.zeros(4), None, r"rows must have shape .*, got \(4,\)"),
+        (None, lambda cache: cache[1:], r"must hold 4 arrays of shape \(2, 12, .* in 1$"),
+        (
+            None,
+            lambda cache: jax.tree.map(lambda array: array[:, 1:], cache),
+            r"must hold 4 arrays of shape \(2, 12, 2, 8\) .*, got 4 of shapes \[\(2, 11, 2, 8\)\]",
+        ),
+    ],
+)
+def test_wrong_rows_and_caches_are_refused(rows, change, message):
+    model, inputs, _, cache = _cached("plain")
+    rows = np.array([[0, 1], [2, 3]]) if rows is None else rows
+    with pytest.raises(ValueError, match=message):
+        model.masked(*inputs, jnp.asarray(rows, jnp.int32), change(cache) if change else cache)
