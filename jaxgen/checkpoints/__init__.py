@@ -1,5 +1,17 @@
 """Weights in safetensors files and configurations in JSON; nothing is ever unpickled."""
 
+from jaxgen.checkpoints.autoencoder import (
+    autoencoder_config_from_json as autoencoder_config_from_json,
+)
+from jaxgen.checkpoints.autoencoder import autoencoder_config_to_json as autoencoder_config_to_json
+from jaxgen.checkpoints.autoencoder import (
+    autoencoder_from_single_file as autoencoder_from_single_file,
+)
+from jaxgen.checkpoints.autoencoder import autoencoder_shapes as autoencoder_shapes
+from jaxgen.checkpoints.autoencoder import export_autoencoder as export_autoencoder
+from jaxgen.checkpoints.autoencoder import load_autoencoder as load_autoencoder
+from jaxgen.checkpoints.autoencoder import load_autoencoder_folder as load_autoencoder_folder
+from jaxgen.checkpoints.autoencoder import save_autoencoder_folder as save_autoencoder_folder
 from jaxgen.checkpoints.configs import config_from_json as config_from_json
 from jaxgen.checkpoints.configs import config_to_json as config_to_json
 from jaxgen.checkpoints.files import parse_json_object as parse_json_object
@@ -15,6 +27,24 @@ from jaxgen.checkpoints.safetensors_files import load_safetensors as load_safete
 from jaxgen.checkpoints.safetensors_files import read_safetensors_header as read_safetensors_header
 from jaxgen.checkpoints.safetensors_files import save_safetensors as save_safetensors
 from jaxgen.checkpoints.safetensors_format import Header as Header
+from jaxgen.checkpoints.text_encoder_configs import (
+    clip_text_config_from_json as clip_text_config_from_json,
+)
+from jaxgen.checkpoints.text_encoder_configs import (
+    clip_text_config_to_json as clip_text_config_to_json,
+)
+from jaxgen.checkpoints.text_encoder_configs import t5_config_from_json as t5_config_from_json
+from jaxgen.checkpoints.text_encoder_configs import t5_config_to_json as t5_config_to_json
+from jaxgen.checkpoints.text_encoders import clip_text_shapes as clip_text_shapes
+from jaxgen.checkpoints.text_encoders import export_clip_text as export_clip_text
+from jaxgen.checkpoints.text_encoders import export_t5 as export_t5
+from jaxgen.checkpoints.text_encoders import load_clip_text as load_clip_text
+from jaxgen.checkpoints.text_encoders import load_clip_text_folder as load_clip_text_folder
+from jaxgen.checkpoints.text_encoders import load_t5 as load_t5
+from jaxgen.checkpoints.text_encoders import load_t5_folder as load_t5_folder
+from jaxgen.checkpoints.text_encoders import save_clip_text_folder as save_clip_text_folder
+from jaxgen.checkpoints.text_encoders import save_t5_folder as save_t5_folder
+from jaxgen.checkpoints.text_encoders import t5_shapes as t5_shapes
 from jaxgen.checkpoints.wan import export_wan as export_wan
 from jaxgen.checkpoints.wan import load_wan as load_wan
 from jaxgen.checkpoints.wan import load_wan_folder as load_wan_folder

@@ -8,7 +8,7 @@ every block through one shared projection, to which a block adds a table of its 
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -31,6 +31,7 @@ from jaxgen.layers import (
     attention_function,
     layer_norm,
     rotate,
+    scan_blocks,
     sinusoid,
     video_axis_dims,
     video_rotary,
@@ -343,7 +344,9 @@ class Wan(nnx.Module):
         x = self.patch_embedding(patches)
         run = nnx.remat(WanBlock.__call__) if config.remat else WanBlock.__call__
         if config.scan:
-            x = _scan(self.blocks, lambda block, x: run(block, x, text, modulation, rotary), x)
+            x = scan_blocks(
+                self.blocks, lambda block, x: run(block, x, text, modulation, rotary), x
+            )
         else:
             for block in self.blocks:
                 x = run(block, x, text, modulation, rotary)
@@ -380,23 +383,6 @@ class Wan(nnx.Module):
                 f"rope_max_seq_len={config.rope_max_seq_len} are allowed along each axis"
             )
         return grid
-
-
-def _scan(blocks: Iterable[nnx.Module], run: Callable[[Any, Array], Array], x: Array) -> Array:
-    """Runs blocks one after another as a loop; their `nnx.Intermediate` is kept as usual."""
-    graphs, states = zip(*map(nnx.split, blocks), strict=True)
-    if any(graph != graphs[0] for graph in graphs):
-        raise ValueError("scan needs blocks that are alike, but attend made different ones")
-
-    def body(x, state):
-        block = nnx.merge(graphs[0], state)
-        x = run(block, x)
-        return x, nnx.state(block, nnx.Intermediate)
-
-    x, kept = jax.lax.scan(body, x, jax.tree.map(lambda *arrays: jnp.stack(arrays), *states))
-    for number, block in enumerate(blocks):
-        nnx.update(block, jax.tree.map(lambda array, i=number: array[i], kept))
-    return x
 
 
 def _options(config: WanConfig, rngs: nnx.Rngs) -> dict[str, Any]:
