@@ -1,0 +1,168 @@
+"""Captions in, pictures out, with a large and a small model that share the steps."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, UInt8
+
+from jaxgen.pipelines.arguments import as_captions, as_guidance, seeds_and_indices
+from jaxgen.pipelines.noise import draw_normal
+from jaxgen.pipelines.text_to_image import TextToImage, encode_captions, to_pixels
+from jaxgen.sampling import Guided, HybridStitch, Policy, Stage, stitch
+
+
+class Preview(NamedTuple):
+    """A picture on its way.
+
+    Attributes:
+        step: Steps done.
+        stage: Who predicted the last one.
+        pictures: What there is after it, uint8 (batch, height, width, 3).
+        mask: Patches that the large model goes on with, bool (batch, rows, columns), in the hybrid
+            stage.
+    """
+
+    step: int
+    stage: Stage
+    pictures: UInt8[np.ndarray, "batch height width 3"]
+    mask: Bool[np.ndarray, "batch rows columns"] | None
+
+
+class StitchedTextToImage:
+    """Two text-to-image models that draw one picture together.
+
+    Args:
+        large: The better model.
+        small: The faster one, for pictures of the same size.
+
+    Raises:
+        ValueError: The models are not for the same pictures and noise levels.
+    """
+
+    def __init__(self, large: TextToImage, small: TextToImage):
+        for name in ("sample_size", "in_channels"):
+            one, other = (getattr(model.transformer.config, name) for model in (large, small))
+            if one != other:
+                raise ValueError(f"large and small must have one {name}, got {one} and {other}")
+        if large.schedule != small.schedule:
+            raise ValueError(
+                f"large and small must have one schedule, got {large.schedule} and {small.schedule}"
+            )
+        self.large, self.small = large, small
+
+    def __call__(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        policy: Policy | None = None,
+        steps: int = 50,
+        guidance_scale: float | tuple[float, float] = 4.0,
+        seed: int | Sequence[int] = 0,
+        scores: ArrayLike | None = None,
+    ) -> UInt8[np.ndarray, "batch height width 3"]:
+        """Draw one picture for each caption.
+
+        Args:
+            prompts: Captions; a single string counts as a list of one.
+            policy: Who predicts which step, `HybridStitch()` if None. See
+                `jaxgen.sampling.stitching`.
+            steps: Euler steps.
+            guidance_scale: Of both models, or of the large and of the small one.
+            seed: As for `TextToImage`: equal seeds give equal noise in both.
+            scores: Of patches (batch, rows, columns), for `HybridStitch(score="user")`.
+
+        Returns:
+            Pictures of the size that the models were trained on.
+
+        Raises:
+            TypeError: An argument of the wrong type.
+            ValueError: An argument out of range, or a policy that does not fit the steps.
+        """
+        options = {"policy": policy, "steps": steps, "guidance_scale": guidance_scale}
+        *_, last = self.stream(prompts, **options, seed=seed, scores=scores)
+        return last.pictures
+
+    def stream(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        policy: Policy | None = None,
+        steps: int = 50,
+        guidance_scale: float | tuple[float, float] = 4.0,
+        seed: int | Sequence[int] = 0,
+        scores: ArrayLike | None = None,
+        every: int = 0,
+        release: Callable[[str], None] | None = None,
+    ) -> Iterator[Preview]:
+        """Draw pictures and yield them on the way.
+
+        Args:
+            prompts: As for a call.
+            policy: Likewise.
+            steps: Likewise.
+            guidance_scale: Likewise.
+            seed: Likewise.
+            scores: Likewise.
+            every: Yield after so many steps of a stage; 0: at the end of stages.
+            release: Called with "large" or "small" once that model is needed no more.
+        """
+        captions = as_captions(prompts)
+        seeds, indices = seeds_and_indices(seed, len(captions))
+        sigmas = self.large.schedule.sigmas(steps)
+        several = isinstance(guidance_scale, tuple | list)
+        scales = guidance_scale if several else (guidance_scale, guidance_scale)
+        if len(scales) != 2:
+            raise ValueError(f"guidance_scale must be one number or two, got {guidance_scale!r}")
+        models = [
+            _guided(model, captions, scale)
+            for model, scale in zip((self.large, self.small), scales, strict=True)
+        ]
+        config = self.large.transformer.config
+        side = config.sample_size // config.patch_size
+        noise = draw_normal(
+            seeds, indices, shape=(config.sample_size, config.sample_size, config.in_channels)
+        )
+        policy = HybridStitch() if policy is None else policy
+        given = None if scores is None else _flat(scores, len(captions), side)
+        # The sampler must hold the only reference to what it is to release.
+        sampler = stitch(
+            models.pop(0),
+            models.pop(0),
+            policy,
+            noise,
+            sigmas,
+            every=every,
+            scores=given,
+            release=release,
+        )
+        for progress in sampler:
+            mask = progress.mask
+            yield Preview(
+                progress.step,
+                progress.stage,
+                np.asarray(_to_pixels(progress.latents)),
+                None if mask is None else np.asarray(mask).reshape(-1, side, side),
+            )
+
+
+def _guided(model: TextToImage, captions: list[str], scale: float) -> Guided:
+    tokens = jnp.asarray(model.tokenizer.encode(captions))
+    conditional, unconditional = _encode(model.text_encoder, tokens)
+    return Guided.of(model.transformer, conditional, unconditional, as_guidance(scale))
+
+
+_to_pixels = jax.jit(to_pixels)
+_encode = nnx.jit(encode_captions)
+
+
+def _flat(scores: ArrayLike, batch: int, side: int) -> Float[Array, "batch patches"]:
+    """Return scores of patches, row by row."""
+    array = jnp.asarray(scores, jnp.float32)
+    if array.shape != (batch, side, side):
+        raise ValueError(f"scores must have shape {(batch, side, side)}, got {array.shape}")
+    return array.reshape(batch, -1)
