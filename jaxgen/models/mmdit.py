@@ -265,6 +265,7 @@ class MMDiT(nnx.Module):
         timestep: Float[Array, " batch"],
         context: Float[Array, "batch text_tokens joint_attention_dim"],
         pooled: Float[Array, "batch pooled_projection_dim"],
+        skipped: tuple[int, ...] = (),
     ) -> Float[Array, "batch height width out_channels"]:
         """Predicts the velocity noise - data.
 
@@ -273,6 +274,7 @@ class MMDiT(nnx.Module):
             timestep: 1000*sigma, in 0..1000; not rounded.
             context: encoded text tokens; any number of them.
             pooled: pooled text vector.
+            skipped: numbers of blocks to leave out, for skip-layer guidance.
 
         Returns:
             The velocity, in the computation dtype `config.dtype`.
@@ -281,9 +283,10 @@ class MMDiT(nnx.Module):
             ValueError: a shape that does not fit the configuration or the batch.
         """
         image, text, conditioning = self._embed(latents, timestep, context, pooled)
-        for block in self.blocks:
-            apply = _rematerialized(block) if self.config.remat else block
-            image, text = apply(image, text, conditioning)
+        for number, block in enumerate(self.blocks):
+            if number not in skipped:
+                apply = _rematerialized(block) if self.config.remat else block
+                image, text = apply(image, text, conditioning)
         patches = self._predict(image, conditioning)
         return unpatchify(patches, self.config.patch_size, *latents.shape[1:3])
 

@@ -17,7 +17,6 @@ A folder `transformer` by itself is a model, too.
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -34,7 +33,6 @@ from jaxgen.checkpoints import (
     load_flat,
     load_safetensors,
     load_wan_folder,
-    parse_json_object,
     save_safetensors,
     save_wan_folder,
     write_atomically,
@@ -42,11 +40,17 @@ from jaxgen.checkpoints import (
 from jaxgen.layers import AttentionName
 from jaxgen.models.text_encoder import TextEncoder, TextEncoderConfig
 from jaxgen.models.wan import Attend, Wan
+from jaxgen.pipelines.diffusers_files import (
+    EULER,
+    load_schedule,
+    read_json,
+    save_schedule,
+    write_json,
+)
 from jaxgen.sampling import FlowMatchingSchedule
 from jaxgen.text import WordTokenizer
 
 _INDEX, _CARD, _TOKENIZER = "model_index.json", "card.json", "tokenizer.json"
-_SCHEDULER = "scheduler/scheduler_config.json"
 _ENCODER_WEIGHTS = "text_encoder/model.safetensors"
 _FILES = (
     _CARD,
@@ -56,17 +60,7 @@ _FILES = (
     "text_encoder/config.json",
     _ENCODER_WEIGHTS,
 )
-# Options of diffusers' schedulers that make other noise levels than a shift does.
-_OTHER_LEVELS = (
-    "use_dynamic_shifting",
-    "use_karras_sigmas",
-    "use_exponential_sigmas",
-    "use_beta_sigmas",
-    "invert_sigmas",
-    "shift_terminal",
-    "stochastic_sampling",
-)
-_PIPELINE, _EULER = "WanPipeline", "FlowMatchEulerDiscreteScheduler"
+_PIPELINE = "WanPipeline"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +95,7 @@ def load(
 
     if (folder / _INDEX).is_file():
         _check_index(folder / _INDEX)
-        schedule = _schedule(folder / _SCHEDULER)
+        schedule = load_schedule(folder)
         return Parts(transformer(folder / "transformer"), schedule=schedule)
     if (folder / "config.json").is_file():
         return Parts(transformer(folder))
@@ -110,7 +104,7 @@ def load(
         transformer(folder / "transformer"),
         _load_text_encoder(folder, dtypes),
         WordTokenizer.load(folder / _TOKENIZER),
-        _read(folder / _CARD),
+        read_json(folder / _CARD),
     )
 
 
@@ -125,8 +119,8 @@ def save(folder: str | os.PathLike, parts: Parts, dtype: DTypeLike) -> None:
         )
     save_wan_folder(folder / "transformer", _narrowed(parts.transformer, dtype))
     if parts.text_encoder is None or parts.tokenizer is None:
-        _write(folder / _SCHEDULER, _scheduler(parts.schedule))
-        _write(folder / _INDEX, _index())
+        save_schedule(folder, parts.schedule)
+        write_json(folder / _INDEX, _index())
         return
     encoder = parts.text_encoder
     plain = dataclasses.replace(encoder.config, dtype=jnp.float32, param_dtype=jnp.float32)
@@ -134,7 +128,7 @@ def save(folder: str | os.PathLike, parts: Parts, dtype: DTypeLike) -> None:
     save_safetensors(folder / _ENCODER_WEIGHTS, export_flat(_narrowed(encoder, dtype)))
     write_atomically(folder / "text_encoder/config.json", [config_to_json(plain).encode()])
     parts.tokenizer.save(folder / _TOKENIZER)
-    _write(folder / _CARD, parts.card)
+    write_json(folder / _CARD, parts.card)
 
 
 def _check_complete(folder: Path) -> None:
@@ -155,7 +149,7 @@ def _is_there(path: Path) -> bool:
 
 def _check_index(path: Path) -> None:
     """Raise ValueError for a pipeline whose videos are not made by one transformer from text."""
-    index = _read(path)
+    index = read_json(path)
     if index.get("_class_name") != _PIPELINE:
         raise ValueError(
             f"{path}: _class_name must be {_PIPELINE!r}, got {index.get('_class_name')!r}"
@@ -166,29 +160,6 @@ def _check_index(path: Path) -> None:
             f"{path}: transformer_2 must be null, got {second}: a second transformer for low "
             "noise, as that of Wan2.2, is not supported"
         )
-
-
-def _schedule(path: Path) -> FlowMatchingSchedule:
-    """Return the schedule with the shift that a scheduler of diffusers has, if there is one."""
-    if not path.is_file():
-        return FlowMatchingSchedule()
-    values = _read(path)
-    other = [name for name in _OTHER_LEVELS if values.get(name)]
-    if other:
-        raise ValueError(
-            f"{path}: {other[0]} must be false or null, got {values[other[0]]!r}: noise levels can "
-            "be shifted only"
-        )
-    found = [name for name in ("flow_shift", "shift") if values.get(name) is not None]
-    if not found:
-        return FlowMatchingSchedule()
-    shift = values[found[0]]
-    if isinstance(shift, bool) or not isinstance(shift, int | float):
-        raise ValueError(f"{path}: {found[0]} must be a number, got {shift!r}")
-    try:
-        return FlowMatchingSchedule(float(shift))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def _load_text_encoder(folder: Path, dtypes: Mapping[str, Any]) -> TextEncoder:
@@ -217,20 +188,6 @@ def _narrowed[Module: nnx.Module](module: Module, dtype: DTypeLike) -> Module:
 def _index() -> dict[str, Any]:
     """Return a `model_index.json` without the parts that a caller of diffusers has to pass."""
     parts = {name: [None, None] for name in ("text_encoder", "tokenizer", "vae")}
-    ours = {"scheduler": _EULER, "transformer": "WanTransformer3DModel"}
+    ours = {"scheduler": EULER, "transformer": "WanTransformer3DModel"}
     parts |= {name: ["diffusers", kind] for name, kind in ours.items()}
     return {"_class_name": _PIPELINE} | dict(sorted(parts.items()))
-
-
-def _scheduler(schedule: FlowMatchingSchedule) -> dict[str, Any]:
-    return {"_class_name": _EULER, "num_train_timesteps": 1000, "shift": schedule.shift}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return parse_json_object(path.read_bytes(), str(path))
-
-
-def _write(path: Path, values: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(dict(values), indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path, [text.encode()])

@@ -9,6 +9,7 @@ from jaxgen.sampling.flow_matching import timestep_of as timestep_of
 from jaxgen.sampling.guidance import Conditioning as Conditioning
 from jaxgen.sampling.guidance import classifier_free_guidance as classifier_free_guidance
 from jaxgen.sampling.guided import Guided as Guided
+from jaxgen.sampling.guided import SkipLayers as SkipLayers
 from jaxgen.sampling.regions import active_count as active_count
 from jaxgen.sampling.schedules import FlowMatchingSchedule as FlowMatchingSchedule
 from jaxgen.sampling.schedules import shift_sigma as shift_sigma

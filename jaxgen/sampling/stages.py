@@ -165,7 +165,7 @@ def follow(
     """Let one model predict the steps from `first` to before `last`."""
 
     def step(i, state):
-        return state.stepped(model.velocity(state.latents, sigmas[i]), sigmas, i)
+        return state.stepped(model.velocity(state.latents, sigmas[i], i), sigmas, i)
 
     return lax.fori_loop(first, last, step, state)
 
@@ -193,7 +193,7 @@ def sketch(
 
     def step(carry):
         state, i, before, _ = carry
-        velocity = model.velocity(state.latents, sigmas[i])
+        velocity = model.velocity(state.latents, sigmas[i], i)
         change = jnp.tanh(size(velocity - state.velocity) / size(state.velocity))
         change = jnp.where(i > 0, change, unknown)  # the first prediction has none before it
         slower = before - change
@@ -227,7 +227,7 @@ def remember(
         scores: Given ones.
         policy: What decides.
     """
-    velocity, cache = large.velocity_and_cache(state.latents, sigmas[i])
+    velocity, cache = large.velocity_and_cache(state.latents, sigmas[i], i)
     if scores is None:
         scores = _scores(policy, large, small, state, velocity, sigmas[i])
     count = active_count(scores.shape[1], policy.share, policy.multiple)
