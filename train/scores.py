@@ -174,6 +174,52 @@ def frechet_distance(
     return float(max(distance, 0.0))
 
 
+def peak_signal_to_noise(
+    pictures: UInt8[np.ndarray, "batch height width 3"],
+    wanted: UInt8[np.ndarray, "batch height width 3"],
+) -> Float[np.ndarray, "batch"]:
+    """Return the peak signal-to-noise ratio of each picture in decibels, at most 100."""
+    difference = pictures.astype(np.float64) - wanted
+    error = np.mean(np.square(difference), axis=(1, 2, 3))
+    return np.minimum(100.0, 10 * np.log10(255.0**2 / np.maximum(error, 1e-12)))
+
+
+def structural_similarity(
+    pictures: UInt8[np.ndarray, "batch height width 3"],
+    wanted: UInt8[np.ndarray, "batch height width 3"],
+) -> Float[np.ndarray, "batch"]:
+    """Return the structural similarity of each picture (Wang et al. 2004), a mean over channels.
+
+    Gaussian windows of 11 x 11 pixels with a deviation of 1.5, where they fit into the picture.
+    """
+    weights = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
+    weights /= weights.sum()
+
+    def blur(x: np.ndarray) -> np.ndarray:
+        for axis in (1, 2):
+            x = np.apply_along_axis(np.convolve, axis, x, weights, "valid")
+        return x
+
+    a, b = (x.astype(np.float64) for x in (pictures, wanted))
+    mean_a, mean_b = blur(a), blur(b)
+    var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
+    shared = blur(a * b) - mean_a * mean_b
+    one, two = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    numerator = (2 * mean_a * mean_b + one) * (2 * shared + two)
+    denominator = (mean_a**2 + mean_b**2 + one) * (var_a + var_b + two)
+    return np.mean(numerator / denominator, axis=(1, 2, 3))
+
+
+def bootstrap_interval(
+    values: Float[np.ndarray, "samples"], *, share: float = 0.95, draws: int = 2000
+) -> tuple[float, float]:
+    """Return bounds that hold a share of the means of resampled values."""
+    generator = np.random.default_rng(0)
+    chosen = generator.integers(len(values), size=(draws, len(values)))
+    low, high = np.quantile(values[chosen].mean(axis=1), [(1 - share) / 2, (1 + share) / 2])
+    return float(low), float(high)
+
+
 @jax.jit(static_argnames="graphdef")
 def _read(
     state: Any, images: UInt8[Array, "batch size size 3"], *, graphdef: Any

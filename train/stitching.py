@@ -1,0 +1,284 @@
+"""Four ways to share the steps between two models, compared: `python -m train.stitching --help`.
+
+Draws the same captions with the same noise by every policy, and measures how far each picture is
+from the large model's, how often the classifier sees what the caption says, how the pictures are
+distributed, and how long a picture takes. Writes `stitching.json`, `stitching.png` (distance over
+speed-up) and grids of the first pictures.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxgen.checkpoints import write_atomically
+from jaxgen.models.mmdit_operations import mmdit_operations
+from jaxgen.pictures import image_grid
+from jaxgen.pipelines import StitchedTextToImage, TextToImage
+from jaxgen.sampling import (
+    Alone,
+    HybridStitch,
+    Policy,
+    SRDiffusion,
+    TStitch,
+    active_count,
+    relative_cost,
+)
+from train import openmoji
+from train.evaluate import check_classes, choose_rows
+from train.scores import (
+    AttributeScorer,
+    acceptable_genders,
+    attribute_accuracy,
+    bootstrap_interval,
+    frechet_distance,
+    peak_signal_to_noise,
+    structural_similarity,
+)
+
+type Record = dict[str, Any]
+
+METHODS = {Alone: "alone", TStitch: "T-Stitch", SRDiffusion: "SRDiffusion",
+           HybridStitch: "HybridStitch"}  # fmt: skip
+"""What policies are called in tables and plots."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Compare large only, small only, T-Stitch, SRDiffusion and HybridStitch on OpenMoji."""
+
+    large: Path = Path("weights/openmoji-large")
+    """Folder of the large model."""
+    small: Path = Path("weights/openmoji-small")
+    """Folder of the small model."""
+    classifier: Path = Path("weights/openmoji-classifier")
+    """Folder of the attribute classifier."""
+    output: Path = Path("runs/stitching")
+    """Folder of the results."""
+    captions: int = 208
+    """Captions, half of them combinations from training and half held-out ones."""
+    steps: int = 50
+    """Euler steps."""
+    guidance_scale: float = 4.0
+    """Of both models."""
+    batch_size: int = 52
+    """Pictures drawn at once."""
+    seed: int = 0
+    """Of the noise."""
+    quick: bool = False
+    """One setting of each policy only."""
+
+    def __post_init__(self):
+        for name, smallest in (("captions", 4), ("steps", 10), ("batch_size", 1)):
+            if getattr(self, name) < smallest:
+                raise ValueError(f"{name} must be at least {smallest}, got {getattr(self, name)}")
+
+    def policies(self) -> tuple[Policy, ...]:
+        """Return what is compared; the large model alone comes first."""
+        whole = (Alone(), Alone("small"))
+        if self.quick:
+            return (*whole, TStitch(), SRDiffusion(0.5), HybridStitch())
+        stitched = [TStitch(share) for share in (0.2, 0.4, 0.5, 0.6, 0.7, 0.8)]
+        rendered = [SRDiffusion(switch) for switch in (0.8, 0.65, 0.5, 0.35, 0.2)]
+        hybrid = [
+            HybridStitch(start, end, share, score=score)
+            for start, end in ((0.22, 0.52), (0.3, 0.7), (0.2, 0.8), (0.2, 1.0), (0.4, 0.9))
+            for share in (0.3, 0.5)
+            for score in ("x0_diff", "model_diff")
+        ]
+        return (*whole, *stitched, *rendered, SRDiffusion(), *hybrid)
+
+
+def draw(
+    pair: StitchedTextToImage, policy: Policy, captions: Sequence[str], config: Config
+) -> tuple[np.ndarray, float]:
+    """Return one picture a caption, and the seconds a picture takes once all is compiled."""
+    size = min(config.batch_size, len(captions))
+    pictures, seconds = [], []
+    starts = range(0, len(captions), size)
+    for start in (0, *starts):  # the first batch twice: it compiles
+        part = list(captions[start : start + size])
+        seeds = [config.seed * 1_000_003 + start + i for i in range(size)]
+        part += part[:1] * (size - len(part))
+        began = time.perf_counter()
+        drawn = pair(
+            part,
+            policy=policy,
+            steps=config.steps,
+            guidance_scale=config.guidance_scale,
+            seed=[seed % 2**32 for seed in seeds],
+        )
+        seconds.append(time.perf_counter() - began)
+        pictures.append(drawn[: len(captions) - start])
+    return np.concatenate(pictures[1:]), float(np.median(seconds[1:])) / size
+
+
+def compare(
+    pair: StitchedTextToImage,
+    scorer: AttributeScorer,
+    emojis: openmoji.Emojis,
+    config: Config,
+    on_pictures: Any = None,
+) -> list[Record]:
+    """Draw and measure by every policy; return a record for each.
+
+    Args:
+        pair: The models.
+        scorer: The classifier.
+        emojis: Where captions come from.
+        config: What to do.
+        on_pictures: Called with each policy, its pictures and their captions.
+    """
+    check_classes(scorer, emojis)
+    groups = choose_rows(emojis, config.captions // 2)
+    rows = np.concatenate([groups["train"], groups["held_out"]])
+    captions = [emojis.captions[row] for row in rows]
+    genders = acceptable_genders(emojis)
+    _, real = scorer.read(emojis.images[np.unique(rows)])
+    records: list[Record] = []
+    wanted = features_wanted = None
+    for policy in config.policies():
+        pictures, seconds = draw(pair, policy, captions, config)
+        ids, features = scorer.read(pictures)
+        if wanted is None or features_wanted is None:
+            wanted, features_wanted = pictures, features
+        distances = perceptual_distance(features, features_wanted)
+        record = {
+            "method": METHODS[type(policy)],
+            "policy": dataclasses.asdict(policy),
+            "seconds_a_picture": seconds,
+            "speed_up": records[0]["seconds_a_picture"] / seconds if records else 1.0,
+            "speed_up_in_operations": 1 / cost_of(pair, policy, config.steps),
+            "distance": float(distances.mean()),
+            "distance_interval": bootstrap_interval(distances),
+            "psnr": float(peak_signal_to_noise(pictures, wanted).mean()),
+            "ssim": float(structural_similarity(pictures, wanted).mean()),
+            "accuracy": attribute_accuracy(ids, emojis, rows, genders),
+            "frechet_distance": frechet_distance(features, real),
+        }
+        records.append(record)
+        if on_pictures:
+            on_pictures(policy, pictures, captions)
+    return records
+
+
+def perceptual_distance(features: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Return the distance of the classifier's features, as a share of their length."""
+    length = np.linalg.norm(wanted, axis=1)
+    return np.linalg.norm(features - wanted, axis=1) / np.maximum(length, 1e-9)
+
+
+def cost_of(pair: StitchedTextToImage, policy: Policy, steps: int) -> float:
+    """Return the operations of a run as a share of the large model's alone."""
+    large, small = (model.transformer.config for model in (pair.large, pair.small))
+    text = pair.large.text_encoder.config.max_tokens
+    patches = [(config.sample_size // config.patch_size) ** 2 for config in (large, small)]
+    whole = mmdit_operations(large, patches[0], text)
+    masked = 0.0
+    if isinstance(policy, HybridStitch):
+        active = active_count(patches[0], policy.share, policy.multiple)
+        masked = mmdit_operations(large, patches[0], text, active) / whole
+    return relative_cost(policy, steps, mmdit_operations(small, patches[1], text) / whole, masked)
+
+
+def plot(records: Sequence[Record], path: Path) -> None:
+    """Plot the distance from the large model's pictures over the measured speed-up."""
+    import matplotlib.figure
+
+    figure = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for name in METHODS.values():
+        chosen = sorted(
+            (record for record in records if record["method"] == name),
+            key=lambda record: record["speed_up"],
+        )
+        line = "o" if name in ("alone", "HybridStitch") else "o-"
+        for panel, measure in zip(panels, ("distance", "psnr"), strict=True):
+            shown = [r for r in chosen if measure == "distance" or r["distance"] > 0]
+            panel.plot(
+                [r["speed_up"] for r in shown], [r[measure] for r in shown], line, label=name
+            )
+    panels[0].set(xlabel="speed-up", ylabel="distance from the large model's picture")
+    panels[1].set(xlabel="speed-up", ylabel="PSNR against the large model's picture")
+    for panel in panels:
+        panel.grid(alpha=0.3)
+    panels[0].legend()
+    figure.savefig(path, dpi=120)
+
+
+def table(records: Sequence[Record]) -> str:
+    """Return a Markdown table, fastest last."""
+    lines = [
+        "| sampler | speed-up | in operations | distance | PSNR | SSIM | accuracy | Frechet |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for record in sorted(records, key=lambda record: record["speed_up"]):
+        low, high = record["distance_interval"]
+        cells = [
+            describe(record["method"], record["policy"]),
+            f"{record['speed_up']:.2f}",
+            f"{record['speed_up_in_operations']:.2f}",
+            f"{record['distance']:.3f} ({low:.3f} to {high:.3f})",
+            f"{record['psnr']:.1f}" if record["distance"] else "",
+            f"{record['ssim']:.3f}",
+            f"{record['accuracy']['attributes']:.3f}",
+            f"{record['frechet_distance']:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def describe(method: str, policy: Mapping[str, Any]) -> str:
+    """Return a policy in a few words."""
+    match method:
+        case "alone":
+            return f"{policy['model']} only"
+        case "T-Stitch":
+            return f"T-Stitch, {policy['share']:.0%} small"
+        case "SRDiffusion":
+            switch = policy["switch"]
+            return f"SRDiffusion, {'adaptive' if switch is None else f'{switch:.0%} large'}"
+        case _:
+            bounds = f"{policy['start']:.0%} to {policy['end']:.0%}"
+            return f"HybridStitch, {bounds}, {policy['share']:.0%}, {policy['score']}"
+
+
+def main() -> None:
+    """Parse the command line, compare, write and print the table."""
+    import tyro
+
+    config = tyro.cli(Config, prog="python -m train.stitching")
+    pair = StitchedTextToImage(*map(TextToImage.from_pretrained, (config.large, config.small)))
+    emojis = openmoji.load(pair.large.transformer.config.sample_size)
+    config.output.mkdir(parents=True, exist_ok=True)
+    rows: dict[str, np.ndarray] = {}
+
+    def show(policy: Policy, pictures: np.ndarray, captions: list[str]) -> None:
+        name = describe(METHODS[type(policy)], dataclasses.asdict(policy))
+        print(name, file=sys.stderr, flush=True)
+        rows[name] = pictures[:8]
+        labels = [label for label in rows for _ in range(len(rows[label]))]
+        grid = image_grid(np.concatenate(list(rows.values())), labels, headings=captions[:8])
+        grid.save(config.output / "pictures.png")
+
+    records = compare(pair, AttributeScorer.load(config.classifier), emojis, config, show)
+    result = {
+        "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
+        "hardware": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "records": records,
+    }
+    path = config.output / "stitching.json"
+    write_atomically(path, [(json.dumps(result, indent=2) + "\n").encode()])
+    plot(records, config.output / "stitching.png")
+    print(table(records))
+
+
+if __name__ == "__main__":
+    main()
