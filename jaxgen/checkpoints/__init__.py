@@ -22,6 +22,14 @@ from jaxgen.checkpoints.flat import load_flat as load_flat
 from jaxgen.checkpoints.mmdit import export_mmdit as export_mmdit
 from jaxgen.checkpoints.mmdit import load_mmdit as load_mmdit
 from jaxgen.checkpoints.mmdit import mmdit_shapes as mmdit_shapes
+from jaxgen.checkpoints.mmdit_folder import load_mmdit_folder as load_mmdit_folder
+from jaxgen.checkpoints.mmdit_folder import mmdit_config_from_json as mmdit_config_from_json
+from jaxgen.checkpoints.mmdit_folder import mmdit_config_to_json as mmdit_config_to_json
+from jaxgen.checkpoints.mmdit_folder import save_mmdit_folder as save_mmdit_folder
+from jaxgen.checkpoints.mmdit_single_file import load_mmdit_single_file as load_mmdit_single_file
+from jaxgen.checkpoints.mmdit_single_file import mmdit_from_single_file as mmdit_from_single_file
+from jaxgen.checkpoints.placement import Placement as Placement
+from jaxgen.checkpoints.placement import Progress as Progress
 from jaxgen.checkpoints.safetensors_files import check_arrays as check_arrays
 from jaxgen.checkpoints.safetensors_files import load_safetensors as load_safetensors
 from jaxgen.checkpoints.safetensors_files import read_safetensors_header as read_safetensors_header
@@ -45,6 +53,12 @@ from jaxgen.checkpoints.text_encoders import load_t5_folder as load_t5_folder
 from jaxgen.checkpoints.text_encoders import save_clip_text_folder as save_clip_text_folder
 from jaxgen.checkpoints.text_encoders import save_t5_folder as save_t5_folder
 from jaxgen.checkpoints.text_encoders import t5_shapes as t5_shapes
+from jaxgen.checkpoints.text_encoders_single_file import (
+    SingleFileTextEncoders as SingleFileTextEncoders,
+)
+from jaxgen.checkpoints.text_encoders_single_file import (
+    text_encoders_from_single_file as text_encoders_from_single_file,
+)
 from jaxgen.checkpoints.wan import export_wan as export_wan
 from jaxgen.checkpoints.wan import load_wan as load_wan
 from jaxgen.checkpoints.wan import load_wan_folder as load_wan_folder

@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxgen.checkpoints.placement import Placement, Progress, choose_sharding, place, reporting
 from jaxgen.checkpoints.safetensors_files import check_arrays
+from jaxgen.checkpoints.safetensors_format import num_bytes
 from jaxgen.layers import Settings
 
 
@@ -27,15 +28,21 @@ def flat_shapes(create: Callable[[], nnx.Module]) -> dict[str, jax.ShapeDtypeStr
 
     Nothing is allocated: `create` runs abstractly.
     """
-    variables = nnx.to_flat_state(nnx.state(nnx.eval_shape(create)))
-    shapes = {_key(path): variable.get_raw_value() for path, variable in variables}
-    return {key: jax.ShapeDtypeStruct(shape.shape, shape.dtype) for key, shape in shapes.items()}
+    return _shapes(nnx.eval_shape(create))
 
 
 def load_flat[Module: nnx.Module](
-    create: Callable[[], Module], arrays: Mapping[str, Any], source: str = "arrays"
+    create: Callable[[], Module],
+    arrays: Mapping[str, Any],
+    source: str = "arrays",
+    *,
+    sharding: Placement = None,
+    progress: Progress = None,
 ) -> Module:
     """Makes a module with these arrays as its variables.
+
+    All is checked before the first array is read; then one after the other is read, converted and
+    put in its place, so that the host holds little more than the module.
 
     Args:
         create: makes the module, for example `lambda: TextEncoder(config, rngs=nnx.Rngs(0))`; it
@@ -43,19 +50,56 @@ def load_flat[Module: nnx.Module](
         arrays: one array for each variable, by dotted path; floats are converted to the dtype of
             the variable.
         source: what to call the arrays in an error, for example the path of their file.
+        sharding: where the variables go: a sharding for all, or a function from dotted path and
+            shape to one; the default device if None.
+        progress: called with the bytes loaded and those of all; True for a bar on stderr.
 
     Raises:
-        ValueError: missing, unused or misshapen arrays, all listed; or recorded settings
-            (`jaxgen.layers.Settings`) that are not those of the module.
+        ValueError: missing, unused or misshapen arrays, all listed; recorded settings
+            (`jaxgen.layers.Settings`) that are not those of the module; or a sharding that does
+            not fit.
     """
-    check_arrays(arrays, flat_shapes(create), source)
-    graph, state = nnx.split(nnx.eval_shape(create))
-    for path, variable in nnx.to_flat_state(state):
+    module = nnx.eval_shape(create)
+    check_arrays(arrays, _shapes(module), source)
+    for path, variable in nnx.to_flat_state(nnx.state(module)):
         check_settings(variable, arrays[_key(path)], f"{source}: {_key(path)}")
-    filled = [
-        (path, variable.replace(jnp.array(arrays[_key(path)], variable.dtype)))
-        for path, variable in nnx.to_flat_state(state)
-    ]
+    return fill(module, arrays.__getitem__, source, sharding=sharding, progress=progress)
+
+
+def fill[Module: nnx.Module](
+    module: Module,
+    read: Callable[[str], Any],
+    source: str = "arrays",
+    *,
+    sharding: Placement = None,
+    progress: Progress = None,
+) -> Module:
+    """Returns an abstract module with values, which are read one at a time.
+
+    Args:
+        module: what `nnx.eval_shape` returned; it stays as it is.
+        read: returns the array of a dotted path. It has the shape of the variable and is converted
+            to its dtype; it is released before the next one is read.
+        source: as for `load_flat`.
+        sharding: likewise.
+        progress: likewise.
+
+    Raises:
+        ValueError: a sharding that does not fit its variable; nothing has been read then.
+    """
+    graph, state = nnx.split(module)
+    variables = nnx.to_flat_state(state)
+    shapes = _shapes(module)
+    places = {
+        path: choose_sharding(sharding, path, shape.shape, source) for path, shape in shapes.items()
+    }
+    filled = []
+    with reporting(progress, sum(map(num_bytes, shapes.values()))) as report:
+        for position, variable in variables:
+            path = _key(position)
+            array = place(read(path), shapes[path].dtype, places[path])
+            filled.append((position, variable.replace(array)))
+            report(num_bytes(shapes[path]))
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
@@ -67,6 +111,13 @@ def check_settings(variable: nnx.Variable, array: Any, source: str) -> None:
     """
     if isinstance(variable, Settings):
         variable.check(array, source)
+
+
+def _shapes(module: nnx.Module) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shape and dtype of every variable of an abstract module, by dotted path."""
+    variables = nnx.to_flat_state(nnx.state(module))
+    shapes = {_key(path): variable.get_raw_value() for path, variable in variables}
+    return {key: jax.ShapeDtypeStruct(shape.shape, shape.dtype) for key, shape in shapes.items()}
 
 
 def _key(path: tuple[Any, ...]) -> str:

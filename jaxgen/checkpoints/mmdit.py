@@ -5,14 +5,18 @@ There a linear weight is (out, in), ours (in, out); the patch embedding is a con
 (1, side*side, width), ours (side, side, width).
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
-from jaxgen.checkpoints.flat import export_flat, flat_shapes, load_flat
+from jaxgen.checkpoints.flat import export_flat, fill, flat_shapes
+from jaxgen.checkpoints.placement import Placement, Progress
 from jaxgen.checkpoints.safetensors_files import check_arrays
 from jaxgen.models.mmdit import MMDiT, MMDiTConfig
 
@@ -59,6 +63,12 @@ _TABLE = "patch_embedding.table"
 
 def mmdit_shapes(config: MMDiTConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the diffusers keys of a model with their shapes; nothing is allocated."""
+    return dict(_shapes(config))
+
+
+@functools.lru_cache(maxsize=8)
+def _shapes(config: MMDiTConfig) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """Makes the model abstractly, which takes a second for the largest."""
     shapes = flat_shapes(lambda: MMDiT(config, rngs=nnx.Rngs(0)))
     turned = {
         path: jax.eval_shape(lambda array, path=path: _to_diffusers(path, array, config), shape)
@@ -76,24 +86,68 @@ def export_mmdit(model: MMDiT) -> dict[str, np.ndarray]:
     }
 
 
-def load_mmdit(config: MMDiTConfig, arrays: Mapping[str, Any], source: str = "arrays") -> MMDiT:
-    """Makes a model from weights in the diffusers layout.
+class UnreadArray:
+    """One of a model's arrays in the diffusers layout, which leaves its devices when it is used.
+
+    Attributes:
+        shape: its shape.
+        dtype: its dtype.
+    """
+
+    def __init__(
+        self, variable: nnx.Variable, path: str, config: MMDiTConfig, shape: jax.ShapeDtypeStruct
+    ):
+        self.shape, self.dtype = shape.shape, shape.dtype
+        self._variable, self._path, self._config = variable, path, config
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
+        # An array of JAX keeps what it was once converted to, so another one is converted.
+        array = np.asarray(jnp.array(self._variable[...]), dtype)
+        return _to_diffusers(self._path, array, self._config)
+
+
+def stream_mmdit(model: MMDiT) -> dict[str, UnreadArray]:
+    """Returns what `export_mmdit` returns, to be copied to the host one array after the other."""
+    shapes = mmdit_shapes(model.config)
+    variables = nnx.to_flat_state(nnx.state(model))
+    paths = {".".join(map(str, position)): variable for position, variable in variables}
+    return {
+        key: UnreadArray(variable, path, model.config, shapes[key])
+        for path, variable in paths.items()
+        for key in (_diffusers_key(path),)
+    }
+
+
+def load_mmdit(
+    config: MMDiTConfig,
+    arrays: Mapping[str, Any],
+    source: str = "arrays",
+    *,
+    sharding: Placement = None,
+    progress: Progress = None,
+) -> MMDiT:
+    """Makes a model from weights in the diffusers layout, reading one array after the other.
 
     Args:
         config: the model's configuration; floats are converted to its `param_dtype`.
         arrays: the weights by diffusers key.
         source: what to call the arrays in an error, for example the path of their file.
+        sharding: where the parameters go: a sharding for all, or a function from our dotted path
+            and shape of a parameter to one; the default device if None.
+        progress: called with the bytes loaded and those of all; True for a bar on stderr.
 
     Raises:
-        ValueError: missing, unused or misshapen arrays, all listed.
+        ValueError: missing, unused or misshapen arrays, all listed; or a sharding that does not
+            fit. Nothing has been read then.
     """
     check_arrays(arrays, mmdit_shapes(config), source)
-    create = lambda: MMDiT(config, rngs=nnx.Rngs(0))
-    ours = {
-        path: _from_diffusers(path, np.asarray(arrays[_diffusers_key(path)]), config)
-        for path in flat_shapes(create)
-    }
-    return load_flat(create, ours, source)
+    return fill(
+        nnx.eval_shape(lambda: MMDiT(config, rngs=nnx.Rngs(0))),
+        lambda path: _from_diffusers(path, np.asarray(arrays[_diffusers_key(path)]), config),
+        source,
+        sharding=sharding,
+        progress=progress,
+    )
 
 
 def _diffusers_key(path: str) -> str:

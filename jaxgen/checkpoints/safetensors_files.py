@@ -4,6 +4,7 @@ Files of the `safetensors` package and ours are interchangeable. The format is i
 `safetensors_format`; here are the sets of files with an index, and what a model expects.
 """
 
+import errno
 import json
 import os
 import re
@@ -57,7 +58,8 @@ def load_safetensors(
     """
     path = Path(path)
     index = _index_path(path)
-    arrays = _load_shards(index) if index.exists() and not path.exists() else _load_file(path)
+    sharded = index.is_file() and not path.exists()
+    arrays = _load_shards(index) if sharded else _load_file(path)
     if expected is not None:
         check_arrays(arrays, expected, source=str(path))
     return arrays
@@ -136,12 +138,17 @@ def _index_path(path: Path) -> Path:
 
 def _load_file(path: Path) -> dict[str, np.ndarray]:
     """Maps the arrays of one file."""
+    if not os.path.isfile(path):  # a name that no file can have, or a folder, raises otherwise
+        raise FileNotFoundError(errno.ENOENT, "there is no such file", str(path))
     header, starts = read_layout(path)
     data = np.memmap(path, dtype=np.uint8, mode="r")
     arrays = {}
     for key, array in header.arrays.items():
         content = data[starts[key] : starts[key] + num_bytes(array)]
-        arrays[key] = content.view(np.ndarray).view(array.dtype).reshape(array.shape)
+        try:
+            arrays[key] = content.view(np.ndarray).view(array.dtype).reshape(array.shape)
+        except (ValueError, OverflowError) as error:  # empty, but with sides beyond all numbers
+            raise ValueError(f"{path}: no array can have the shape of {key!r}: {error}") from error
     return arrays
 
 
@@ -158,7 +165,11 @@ def _load_shards(index: Path) -> dict[str, np.ndarray]:
                 f"{index}: {key!r} must name a .safetensors file of the same folder, got {name!r}"
             )
     arrays: dict[str, np.ndarray] = {}
-    for name in sorted(set(weight_map.values())):
+    names = sorted(set(weight_map.values()))
+    missing = [name for name in names if not os.path.isfile(index.with_name(name))]
+    if missing:
+        raise FileNotFoundError(f"{index} names files that are not there: {_shorten(missing)}")
+    for name in names:
         shard = _load_file(index.with_name(name))
         promised = {key for key, owner in weight_map.items() if owner == name}
         if shard.keys() != promised:

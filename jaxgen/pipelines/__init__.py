@@ -1,5 +1,6 @@
 """From a folder of weights to a result: load, call, look."""
 
+from jaxgen.pipelines.stable_diffusion_3 import StableDiffusion3 as StableDiffusion3
 from jaxgen.pipelines.stitched import Preview as Preview
 from jaxgen.pipelines.stitched import StitchedTextToImage as StitchedTextToImage
 from jaxgen.pipelines.text_to_image import TextToImage as TextToImage

@@ -22,6 +22,7 @@ from jaxgen.tokenizers.folder import (
     library,
     load_backend,
     read_special_tokens,
+    save_backend,
     token_id,
 )
 
@@ -97,6 +98,11 @@ class ClipTokenizer:
             token_id(backend, token, special.source) for token in (bos, eos, padding)
         )
         return cls(backend, bos_id, eos_id, pad_id, max_tokens)
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes `tokenizer.json` and `tokenizer_config.json`, for `load` and transformers."""
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
+        save_backend(Path(folder), self.backend, "CLIPTokenizer", ids, self.max_tokens)
 
     def encode(self, prompts: Sequence[str]) -> Int32[np.ndarray, "batch tokens"]:
         """Encodes prompts, padded or cut to `max_tokens`; a cut prompt still has its end.

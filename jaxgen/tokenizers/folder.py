@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxgen.checkpoints.files import parse_json_object
+from jaxgen.checkpoints.files import parse_json_object, write_atomically
 
 _NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 _FLAGS = {"lstrip", "rstrip", "single_word", "normalized", "special"}
@@ -48,6 +48,26 @@ def library() -> Any:
         raise ImportError(
             "jaxgen.tokenizers needs the package tokenizers: pip install 'jaxgen[hf]'"
         ) from error
+
+
+def save_backend(
+    folder: Path, backend: Any, kind: str, ids: Mapping[str, int], length: int
+) -> None:
+    """Writes `tokenizer.json` and `tokenizer_config.json`, as transformers does.
+
+    Args:
+        folder: made if it does not exist.
+        backend: the `tokenizers.Tokenizer`.
+        kind: class of transformers.
+        ids: ids of the special tokens, by role.
+        length: tokens of a prompt.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    settings: dict[str, Any] = {"tokenizer_class": kind, "model_max_length": length}
+    settings |= {role: backend.id_to_token(number) for role, number in ids.items()}
+    text = json.dumps(settings, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
+    write_atomically(folder / "tokenizer.json", [backend.to_str(pretty=True).encode()])
+    write_atomically(folder / "tokenizer_config.json", [text.encode()])
 
 
 def read_special_tokens(folder: Path) -> SpecialTokens:

@@ -20,6 +20,7 @@ from jaxgen.tokenizers.folder import (
     library,
     load_backend,
     read_special_tokens,
+    save_backend,
     token_id,
 )
 from jaxgen.tokenizers.sentencepiece_file import read_unigram
@@ -81,6 +82,11 @@ class T5Tokenizer:
         add_special_tokens(backend, special, [eos, pad, *sentinels])
         eos_id, pad_id = (token_id(backend, token, special.source) for token in (eos, pad))
         return cls(backend, eos_id, pad_id, max_tokens)
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes `tokenizer.json` and `tokenizer_config.json`, for `load` and transformers."""
+        ids = {"eos_token": self.eos_id, "pad_token": self.pad_id}
+        save_backend(Path(folder), self.backend, "T5Tokenizer", ids, self.max_tokens)
 
     def encode(
         self, prompts: Sequence[str]
