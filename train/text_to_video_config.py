@@ -36,8 +36,9 @@ class Config(Options):
     16 frames of 64 x 64 pixels are 4,096 tokens, enough for sparse attention to matter
     (`train.sla2` takes the export of such a run).
 
-    The same command resumes a stopped run, bit for bit on the same kind of device; with
-    --time-limit a long training can be cut into pieces. To try it on a CPU in a minute:
+    The same command resumes a stopped run with the same state, clips and noise, on the CPU bit for
+    bit (not checked for cuDNN's attention); with --time-limit a long training can be cut into
+    pieces. To try it on a CPU in a minute:
 
         python -m train.text_to_video --output runs/try --model tiny --frames 8 --size 32
             --precision float32 --steps 20 --warmup-steps 5 --batch-size 4 --workers 0

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, UInt32
 
 
@@ -46,6 +47,26 @@ def as_guidance(scale: Any) -> Float[Array, ""]:
     if not number or not np.isfinite(scale):
         raise ValueError(f"guidance_scale must be a finite number, got {scale!r}")
     return jnp.float32(scale)
+
+
+def as_two_guidances(scale: Any) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Return the guidance of a large and of a small model, from one number for both or from two."""
+    scales = tuple(scale) if isinstance(scale, tuple | list) else (scale, scale)
+    if len(scales) != 2:
+        raise ValueError(f"guidance_scale must be one number or two, got {scale!r}")
+    return as_guidance(scales[0]), as_guidance(scales[1])
+
+
+def as_patch_scores(
+    scores: ArrayLike | None, shape: tuple[int, int, int]
+) -> Float[Array, "batch patches"] | None:
+    """Return scores of patches row by row; given as (batch, rows, columns), or None."""
+    if scores is None:
+        return None
+    array = jnp.asarray(scores, jnp.float32)
+    if array.shape != shape:
+        raise ValueError(f"scores must have shape {shape}, got {array.shape}")
+    return array.reshape(shape[0], -1)
 
 
 def _is_seed(value: Any) -> bool:

@@ -7,7 +7,6 @@ text_encoder/config.json  text_encoder/model.safetensors   keys of our own modul
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,13 +25,13 @@ from jaxgen.checkpoints import (
     load_flat,
     load_mmdit,
     load_safetensors,
-    parse_json_object,
     save_safetensors,
     write_atomically,
 )
 from jaxgen.layers import AttentionName
 from jaxgen.models.mmdit import MMDiT, MMDiTConfig
 from jaxgen.models.text_encoder import TextEncoder, TextEncoderConfig
+from jaxgen.pipelines.diffusers_files import read_json, write_json
 from jaxgen.text import WordTokenizer
 
 _WEIGHTS = "model.safetensors"
@@ -72,9 +71,9 @@ def save(
     for name, config in configs.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
         save_safetensors(folder / name / _WEIGHTS, _cast(arrays[name], dtype))
-        _write(folder / name / "config.json", config_to_json(config))
+        write_atomically(folder / name / "config.json", [config_to_json(config).encode()])
     tokenizer.save(folder / "tokenizer.json")
-    _write(folder / "card.json", json.dumps(dict(card), indent=2, ensure_ascii=False) + "\n")
+    write_json(folder / "card.json", card)
 
 
 def load(
@@ -84,7 +83,7 @@ def load(
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
-    missing = [name for name in _FILES if not _is_there(folder / name)]
+    missing = [name for name in _FILES if not is_there(folder / name)]
     if missing:
         raise FileNotFoundError(
             f"{folder} is not a complete text-to-image model, it lacks: {', '.join(missing)}"
@@ -104,11 +103,10 @@ def load(
         str(path / _WEIGHTS),
     )
     tokenizer = WordTokenizer.load(folder / "tokenizer.json")
-    card = parse_json_object((folder / "card.json").read_bytes(), str(folder / "card.json"))
-    return transformer, text_encoder, tokenizer, card
+    return transformer, text_encoder, tokenizer, read_json(folder / "card.json")
 
 
-def _is_there(path: Path) -> bool:
+def is_there(path: Path) -> bool:
     """Whether a file exists, be it as shards with an index."""
     return path.is_file() or path.with_name(path.name + ".index.json").is_file()
 
@@ -124,7 +122,3 @@ def _cast(arrays: Mapping[str, np.ndarray], dtype: DTypeLike) -> dict[str, np.nd
         key: array.astype(dtype) if jnp.issubdtype(array.dtype, jnp.floating) else array
         for key, array in arrays.items()
     }
-
-
-def _write(path: Path, text: str) -> None:
-    write_atomically(path, [text.encode()])

@@ -18,7 +18,12 @@ from jaxgen.checkpoints.placement import Placement, Progress
 from jaxgen.layers import AttentionName
 from jaxgen.models import Autoencoder, MMDiT, SD3Text
 from jaxgen.pipelines import sd3_folder
-from jaxgen.pipelines.arguments import as_captions, as_guidance, seeds_and_indices
+from jaxgen.pipelines.arguments import (
+    as_captions,
+    as_patch_scores,
+    as_two_guidances,
+    seeds_and_indices,
+)
 from jaxgen.pipelines.noise import draw_normal
 from jaxgen.pipelines.sd3_folder import Tokenizers
 from jaxgen.pipelines.stitched import Preview
@@ -221,19 +226,13 @@ class StableDiffusion3:
             start = jnp.asarray(latents, jnp.float32)
             if start.shape != (count, *shape):
                 raise ValueError(f"latents must have shape {(count, *shape)}, got {start.shape}")
-        several = isinstance(guidance_scale, tuple | list)
-        scales = guidance_scale if several else (guidance_scale,) * 2
-        if len(scales) != 2:
-            raise ValueError(f"guidance_scale must be one number or two, got {guidance_scale!r}")
-        grid = tuple(side // self.transformer.config.patch_size for side in shape[:2])
-        given = None if scores is None else jnp.asarray(scores, jnp.float32)
-        if given is not None:
-            if given.shape != (count, *grid):
-                raise ValueError(f"scores must have shape {(count, *grid)}, got {given.shape}")
-            given = given.reshape(count, -1)
+        scales = as_two_guidances(guidance_scale)
+        patch = self.transformer.config.patch_size
+        grid = shape[0] // patch, shape[1] // patch
+        given = as_patch_scores(scores, (count, *grid))
         halves = self.encode(prompts, negative * (count // len(negative)))
         models = [
-            model and Guided.of(model, *halves, as_guidance(scale), skip)
+            model and Guided.of(model, *halves, scale, skip)
             for model, scale, skip in (
                 (self.transformer, scales[0], skip_layers),
                 (self.small, scales[1], None),

@@ -10,7 +10,12 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, UInt8
 
-from jaxgen.pipelines.arguments import as_captions, as_guidance, seeds_and_indices
+from jaxgen.pipelines.arguments import (
+    as_captions,
+    as_patch_scores,
+    as_two_guidances,
+    seeds_and_indices,
+)
 from jaxgen.pipelines.noise import draw_normal
 from jaxgen.pipelines.text_to_image import TextToImage, encode_captions, to_pixels
 from jaxgen.sampling import Guided, HybridStitch, Policy, Stage, stitch
@@ -114,10 +119,7 @@ class StitchedTextToImage:
         captions = as_captions(prompts)
         seeds, indices = seeds_and_indices(seed, len(captions))
         sigmas = self.large.schedule.sigmas(steps)
-        several = isinstance(guidance_scale, tuple | list)
-        scales = guidance_scale if several else (guidance_scale, guidance_scale)
-        if len(scales) != 2:
-            raise ValueError(f"guidance_scale must be one number or two, got {guidance_scale!r}")
+        scales = as_two_guidances(guidance_scale)
         models = [
             _guided(model, captions, scale)
             for model, scale in zip((self.large, self.small), scales, strict=True)
@@ -128,7 +130,7 @@ class StitchedTextToImage:
             seeds, indices, shape=(config.sample_size, config.sample_size, config.in_channels)
         )
         policy = HybridStitch() if policy is None else policy
-        given = None if scores is None else _flat(scores, len(captions), side)
+        given = as_patch_scores(scores, (len(captions), side, side))
         # The sampler must hold the only reference to what it is to release.
         sampler = stitch(
             models.pop(0),
@@ -150,19 +152,11 @@ class StitchedTextToImage:
             )
 
 
-def _guided(model: TextToImage, captions: list[str], scale: float) -> Guided:
+def _guided(model: TextToImage, captions: list[str], scale: Float[Array, ""]) -> Guided:
     tokens = jnp.asarray(model.tokenizer.encode(captions))
     conditional, unconditional = _encode(model.text_encoder, tokens)
-    return Guided.of(model.transformer, conditional, unconditional, as_guidance(scale))
+    return Guided.of(model.transformer, conditional, unconditional, scale)
 
 
 _to_pixels = jax.jit(to_pixels)
 _encode = nnx.jit(encode_captions)
-
-
-def _flat(scores: ArrayLike, batch: int, side: int) -> Float[Array, "batch patches"]:
-    """Return scores of patches, row by row."""
-    array = jnp.asarray(scores, jnp.float32)
-    if array.shape != (batch, side, side):
-        raise ValueError(f"scores must have shape {(batch, side, side)}, got {array.shape}")
-    return array.reshape(batch, -1)

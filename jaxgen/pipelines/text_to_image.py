@@ -17,6 +17,7 @@ from jaxgen.models.mmdit import MMDiT
 from jaxgen.models.text_encoder import TextEncoder
 from jaxgen.pipelines import folder as model_folder
 from jaxgen.pipelines.arguments import as_captions, as_guidance, seeds_and_indices
+from jaxgen.pipelines.noise import draw_normal
 from jaxgen.sampling import (
     Conditioning,
     FlowMatchingSchedule,
@@ -155,7 +156,9 @@ def _generate(
     transformer, text_encoder = map(nnx.merge, graphdefs, weights)
     conditional, unconditional = encode_captions(text_encoder, tokens)
     velocity = classifier_free_guidance(transformer, conditional, unconditional, guidance_scale)
-    return to_pixels(euler_sample(velocity, draw_noise(transformer.config, seeds, indices), sigmas))
+    config = transformer.config
+    shape = (config.sample_size, config.sample_size, config.in_channels)
+    return to_pixels(euler_sample(velocity, draw_normal(seeds, indices, shape=shape), sigmas))
 
 
 def encode_captions(
@@ -173,19 +176,6 @@ def encode_captions(
         jnp.broadcast_to(pooled[-1:], conditional.pooled.shape),
     )
     return conditional, unconditional
-
-
-def draw_noise(
-    config: Any, seeds: UInt32[Array, "batch"], indices: UInt32[Array, "batch"]
-) -> Float[Array, "batch size size channels"]:
-    """Draw float32 standard normal noise; each picture's from its own seed and index."""
-    shape = (config.sample_size, config.sample_size, config.in_channels)
-
-    def one(seed, index):
-        key = jax.random.fold_in(jax.random.key(seed), index)
-        return jax.random.normal(key, shape, dtype=jnp.float32)
-
-    return jax.vmap(one)(seeds, indices)
 
 
 def to_pixels(

@@ -47,6 +47,7 @@ from jaxgen.pipelines.diffusers_files import (
     save_schedule,
     write_json,
 )
+from jaxgen.pipelines.folder import is_there
 from jaxgen.sampling import FlowMatchingSchedule
 from jaxgen.text import WordTokenizer
 
@@ -133,18 +134,13 @@ def save(folder: str | os.PathLike, parts: Parts, dtype: DTypeLike) -> None:
 
 def _check_complete(folder: Path) -> None:
     """Raise FileNotFoundError with all that a model with a text encoder of ours lacks."""
-    missing = [name for name in _FILES if not _is_there(folder / name)]
+    missing = [name for name in _FILES if not is_there(folder / name)]
     if missing:
         raise FileNotFoundError(
             f"{folder} is not a complete text-to-video model, it lacks: {', '.join(missing)}; "
             f"nor is it a folder of diffusers, with {_INDEX} for a pipeline or config.json for a "
             "transformer"
         )
-
-
-def _is_there(path: Path) -> bool:
-    """Whether a file exists, be it as shards with an index."""
-    return path.is_file() or path.with_name(path.name + ".index.json").is_file()
 
 
 def _check_index(path: Path) -> None:

@@ -1,5 +1,4 @@
 import dataclasses
-import importlib.util
 import json
 import shutil
 import sys
@@ -16,10 +15,6 @@ GOLDENS = Path(__file__).parents[1] / "goldens/text_encoders"
 CLIPS = ("tokenizer", "tokenizer_2", "tokenizer_old", "tokenizer_2_json")
 T5S = ("tokenizer_3", "tokenizer_3_json")
 BOS, EOS = 578, 579
-
-needs_library = pytest.mark.skipif(
-    importlib.util.find_spec("tokenizers") is None, reason="needs jaxgen[hf]"
-)
 
 
 def _load(name, **options):
@@ -40,7 +35,6 @@ def _change(path, **changes):
     path.write_text(json.dumps({k: v for k, v in values.items() if v != "absent"}))
 
 
-@needs_library
 @pytest.mark.parametrize("name", [*CLIPS, *T5S])
 @pytest.mark.filterwarnings("ignore:.* prompts have more than max_tokens")
 def test_awkward_texts_have_the_ids_of_transformers(name):
@@ -52,7 +46,6 @@ def test_awkward_texts_have_the_ids_of_transformers(name):
         assert ours == theirs, text
 
 
-@needs_library
 def test_prompts_have_the_ids_of_the_pipeline_of_diffusers():
     path = GOLDENS / "sd3.safetensors"
     prompts = json.loads(read_safetensors_header(path).metadata["about"])["prompts"]
@@ -62,7 +55,6 @@ def test_prompts_have_the_ids_of_the_pipeline_of_diffusers():
             np.testing.assert_array_equal(_rows(name, tokenizer, prompts), rows)
 
 
-@needs_library
 @pytest.mark.parametrize(("name", "padding"), [("tokenizer", EOS), ("tokenizer_2", 0)])
 def test_clip_rows(name, padding):
     tokenizer = _load(name)
@@ -75,7 +67,6 @@ def test_clip_rows(name, padding):
         assert short.encode(["a red cat"]).tolist() == [[BOS, EOS]]
 
 
-@needs_library
 def test_t5_rows():
     tokenizer = _load("tokenizer_3")
     rows, mask = tokenizer.encode(["", "a red cat"])
@@ -86,7 +77,6 @@ def test_t5_rows():
     assert not rows[~mask].any()
 
 
-@needs_library
 @pytest.mark.parametrize("name", ["tokenizer", "tokenizer_3"])
 def test_what_is_cut_off_is_named(name, recwarn):
     prompt = "a red cat,  in the snow by \uff2eight \u2014 under the bright moon"
@@ -106,7 +96,6 @@ def test_what_is_cut_off_is_named(name, recwarn):
     assert caught[0].filename == __file__
 
 
-@needs_library
 def test_a_warning_does_not_grow_with_the_prompts():
     tokenizer = _load("tokenizer", max_tokens=3)
     prompts = ["red " * 200, *["cat cat cat"] * 5]
@@ -115,7 +104,6 @@ def test_a_warning_does_not_grow_with_the_prompts():
     assert len(str(caught[0].message)) < 450
 
 
-@needs_library
 @pytest.mark.parametrize("name", ["tokenizer", "tokenizer_3"])
 def test_wrong_prompts_and_lengths_are_refused(name):
     tokenizer = _load(name)
@@ -130,7 +118,6 @@ def test_wrong_prompts_and_lengths_are_refused(name):
         dataclasses.replace(tokenizer, max_tokens=9.5)
 
 
-@needs_library
 def test_padding_is_read_from_either_file(tmp_path):
     folder = _copy("tokenizer", tmp_path)
     settings = folder / "tokenizer_config.json"
@@ -146,7 +133,6 @@ def test_padding_is_read_from_either_file(tmp_path):
     assert ClipTokenizer.load(folder).pad_id == EOS
 
 
-@needs_library
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -165,7 +151,6 @@ def test_wrong_special_tokens_are_refused(changes, message, tmp_path):
         ClipTokenizer.load(folder)
 
 
-@needs_library
 def test_incomplete_and_damaged_folders_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"must hold tokenizer\.json, or vocab\.json and"):
         ClipTokenizer.load(tmp_path)
@@ -182,7 +167,6 @@ def test_incomplete_and_damaged_folders_are_refused(tmp_path):
         ClipTokenizer.load(GOLDENS / "tokenizer_3_json")
 
 
-@needs_library
 def test_padding_and_truncation_of_a_file_do_not_count(tmp_path):
     folder = _copy("tokenizer_2_json", tmp_path)
     cut = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
@@ -192,7 +176,6 @@ def test_padding_and_truncation_of_a_file_do_not_count(tmp_path):
     np.testing.assert_array_equal(ClipTokenizer.load(folder).encode(prompts), expected)
 
 
-@needs_library
 def test_sentinels_are_as_many_as_the_folder_says(tmp_path):
     folder = _copy("tokenizer_3", tmp_path)
     pieces = len(read_unigram(folder / "spiece.model").pieces)

@@ -12,8 +12,8 @@ import pytest
 from flax import nnx
 
 from jaxgen.checkpoints import load_safetensors, save_wan_folder
-from jaxgen.models import MMDIT_PRESETS, TextEncoder, TextEncoderConfig, Wan, WanConfig
-from jaxgen.pipelines import TextToVideo, text_to_image
+from jaxgen.models import TextEncoder, TextEncoderConfig, Wan, WanConfig
+from jaxgen.pipelines import TextToVideo
 from jaxgen.pipelines import text_to_video as module
 from jaxgen.pipelines.arguments import seeds_and_indices
 from jaxgen.pipelines.noise import draw_normal
@@ -394,10 +394,11 @@ def test_a_batch_is_its_clips(captioned, released, features):
 
 
 def test_noise_is_that_of_pictures_and_may_be_given(captioned, released, features):
-    config = dataclasses.replace(MMDIT_PRESETS["tiny"], sample_size=4, in_channels=2)
+    rows = [
+        jax.random.normal(jax.random.fold_in(jax.random.key(7), i), (4, 4, 2)) for i in range(3)
+    ]
     places = seeds_and_indices(7, 3)
-    pictures = text_to_image.draw_noise(config, *places)
-    np.testing.assert_array_equal(draw_normal(*places, shape=(4, 4, 2)), pictures)
+    np.testing.assert_array_equal(draw_normal(*places, shape=(4, 4, 2)), rows)
     noise = draw_normal(*seeds_and_indices(7, 2), shape=(2, 8, 4, 4))
     drawn = released(**features, **SIZES, steps=2, seed=7)
     for sizes in ({}, {"height": 8}, SIZES):
