@@ -5,6 +5,7 @@ chosen by name: "exact", which on GPUs in 16 bits is cuDNN's, or "int8", which t
 integer matrix products (`kernels_pallas.sage_attention`).
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -44,36 +45,38 @@ def attention_function(name: str) -> Callable[..., Any]:
 
 
 def exact_attention(
-    query: Float[Array, "batch queries heads head_dim"],
-    key: Float[Array, "batch keys heads head_dim"],
-    value: Float[Array, "batch keys heads head_dim"],
-    mask: Bool[Array, "batch #heads #queries keys"] | None = None,
-) -> Float[Array, "batch queries heads head_dim"]:
-    """Softmax attention, that of cuDNN where XLA's would store many scores.
+    query: Float[Array, "*batch queries heads head_dim"],
+    key: Float[Array, "*batch keys key_heads head_dim"],
+    value: Float[Array, "*batch keys key_heads head_dim"],
+    bias: Array | None = None,
+    mask: Array | None = None,
+    **options: Any,
+) -> Float[Array, "*batch queries heads head_dim"]:
+    """`jax.nn.dot_product_attention`, that of cuDNN where XLA's would store many scores.
 
-    XLA writes an array of queries x keys for each head. On GPUs, in 16 bits and without a mask,
-    cuDNN needs none; small calls stay with XLA, whose backward pass gives equal bits each time.
+    XLA writes an array of queries x keys for each head. On GPUs, in 16 bits and with query, key and
+    value alone, cuDNN needs none; small calls stay with XLA.
 
     Args:
         query: any float dtype.
         key: dtype of the query.
         value: like the key.
+        bias: added to the scores.
         mask: True where a query may see a key.
+        **options: the others of `jax.nn.dot_product_attention`.
     """
-    batch, queries, heads, dim = query.shape
-    fast = (
-        mask is None
-        and jax.default_backend() == "gpu"
-        and query.dtype in (jnp.bfloat16, jnp.float16)
-        and dim % 8 == 0
-        and dim <= 128
-        and batch * heads * queries * key.shape[1] >= _MANY_SCORES
-    )
-    implementation = "cudnn" if fast else None
+    if bias is None and mask is None and not options and _many_scores(query, key):
+        options = {"implementation": "cudnn"}
     with jax.numpy_dtype_promotion("standard"):  # it relies on it for 16 bits
-        return jax.nn.dot_product_attention(
-            query, key, value, mask=mask, implementation=implementation
-        )
+        return jax.nn.dot_product_attention(query, key, value, bias, mask, **options)
+
+
+def _many_scores(query: Array, key: Array) -> bool:
+    """Whether cuDNN takes a call, and XLA would store many scores."""
+    dim, count = query.shape[-1], math.prod(query.shape[:-1]) * key.shape[-3]
+    narrow = query.dtype in (jnp.bfloat16, jnp.float16)
+    fits = dim % 8 == 0 and dim <= 128
+    return jax.default_backend() == "gpu" and narrow and fits and count >= _MANY_SCORES
 
 
 class KeyValues(NamedTuple):

@@ -47,8 +47,24 @@ def test_exact_attention_is_that_of_cudnn_where_scores_are_many(
         jax.nn, "dot_product_attention", lambda *_, **keywords: called.append(keywords)
     )
     x = jnp.zeros(options["shape"], options["dtype"])
-    exact_attention(x, x, x, options["mask"])
-    assert called == [{"mask": options["mask"], "implementation": implementation}]
+    exact_attention(x, x, x, mask=options["mask"])
+    assert called == [{"implementation": implementation} if implementation else {}]
+
+
+def test_exact_attention_takes_what_that_of_jax_takes():
+    query, key, value = (_random(2, 6, 4, 8, seed=i) for i in range(3))
+    bias, mask = _random(1, 4, 6, 6, seed=3), _random(1, 1, 6, 6, seed=4) > -1
+    wanted = jax.nn.dot_product_attention(query, key, value, bias, mask, is_causal=True)
+    found = exact_attention(query, key, value, bias, mask, is_causal=True)
+    np.testing.assert_array_equal(found, wanted)
+    grouped = exact_attention(query, key[:, :, :2], value[:, :, :2], scale=0.5)
+    wanted = jax.nn.dot_product_attention(query, key[:, :, :2], value[:, :, :2], scale=0.5)
+    np.testing.assert_array_equal(grouped, wanted)
+    np.testing.assert_allclose(
+        exact_attention(query[0], key[0], value[0]),
+        exact_attention(query, key, value)[0],
+        atol=1e-6,
+    )
 
 
 def test_unknown_attention_name_is_refused_with_the_choices():
