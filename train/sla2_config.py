@@ -101,6 +101,10 @@ class Config(Options):
     """Queries in a block."""
     block_k: int = 64
     """Keys in a block."""
+    token_cube: tuple[int, int, int] | None = None
+    """Frames, rows and columns of patches whose tokens follow each other, so that a block of tokens
+    is a compact piece of the video; None: as in the pretrained model. Full attention gives the same
+    in any order."""
     gradient_scores: Literal["exact", "int8"] = "exact"
     """Scores of the backward pass: from Q and K, or from their INT8 codes."""
     feature_map: Literal["softmax", "elu", "relu"] = "softmax"

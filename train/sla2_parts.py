@@ -106,7 +106,9 @@ def replace_attention(config: Config, teacher: Models, shape: tuple[int, int, in
     tokens = int(np.prod(shape)) // model.patch_pixels
     attend = attention_factory(config, model, tokens)
     models, _, _ = load_export(config.pretrained, precision=config.precision, attend=attend)
-    skeleton, arrays = take_apart(_changed(models, {"remat": config.remat}))
+    cube = model.token_cube if config.token_cube is None else config.token_cube
+    models = _changed(models, {"remat": config.remat, "token_cube": cube})
+    skeleton, arrays = take_apart(models)
     mixing = names_of(models, MixingParam)
     evaluated = {"quantize": METHODS[config.method].quantize_evaluation}
     scan = {"scan": config.scan}

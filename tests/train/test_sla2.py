@@ -31,7 +31,7 @@ from train.sla2_parts import (
 from train.state import take_apart
 from train.text_to_video_config import MODELS
 from train.text_to_video_config import Config as VideoConfig
-from train.text_to_video_parts import load_export, make_models, save_export
+from train.text_to_video_parts import load_export, make_loss, make_models, save_export
 
 SHAPE = (FRAMES, SIZE, SIZE)
 ATTEND = "transformer.blocks.0.self_attention.attend."
@@ -219,6 +219,21 @@ def test_what_each_method_is_and_trains(pretrained, tmp_path, monkeypatch, metho
         alpha = {"sparse": 1.0, "sla2-fixed-alpha": 0.5}.get(method, 0.8808)
         assert float(jax.nn.sigmoid(layer.mixing_logits[0, 0])) == pytest.approx(alpha, abs=1e-4)
         assert layer.quantize == (method != "sla2-without-qat")
+
+
+def test_tokens_may_be_put_in_another_order(pretrained, tmp_path):
+    clip = next(ClipBatches(CLIPS["train"], TOKENIZER, batch_size=2, seed=0))
+    errors = {}
+    for method in ("full", "sparse"):
+        for cube in (None, (2, 2, 2)):
+            settings = config(pretrained, tmp_path, method=method, token_cube=cube)
+            student = replaced(settings)
+            made = student.evaluation.join(student.arrays).transformer.config.token_cube
+            assert made == (cube or (1, 1, 1))
+            loss = make_loss(student.stage2, LogitNormal())
+            errors[method, cube] = float(loss(student.arrays, {}, clip, jax.random.key(0)))
+    assert errors["full", None] == pytest.approx(errors["full", (2, 2, 2)], rel=1e-5)
+    assert errors["sparse", None] != pytest.approx(errors["sparse", (2, 2, 2)], rel=1e-3)
 
 
 def test_distillation_starts_at_zero_for_the_teacher_itself(pretrained, tmp_path):
