@@ -24,6 +24,7 @@ type Selection = Literal["hard", "soft"]
 type ImplementationName = Literal["mosaic_gpu", "xla"]
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
+_ON_ACCELERATORS = 2**26  # entries at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,8 @@ class _Call:
 
 def _xla(call: _Call) -> jax.Array:
     options, arrays = call.options, (call.query, call.key, call.value, call.alpha)
+    if dispatch.device_of(call.query).platform != "cpu":
+        options = dataclasses.replace(options, entries_at_once=_ON_ACCELERATORS)
     means = block_means(options.blocks, call.query, call.key)
     scores = block_scores(means, *call.routers)
     if call.temperature is None:

@@ -14,8 +14,9 @@ quantized output (straight-through), in the precision of the inputs, as the pape
 stays in the precision of the inputs, where the paper has FP8: the product of a chosen block is
 small beside what else is done for it, and V needs no second copy.
 
-Everything is written for one head; heads are visited one after another (a few at once by the soft
-choice), and in them blocks of queries, so no array has queries x keys entries.
+Everything is written for one head, and in it for one block of queries. They are visited one after
+another, as many at once as `Options.entries_at_once` allows, so no array has queries x keys
+entries.
 
 Misprints of the algorithm in SLA and SLA2 that are put right here: dQ and dK need the factor c, and
 the linear part of dV is added, not assigned.
@@ -36,9 +37,6 @@ from kernels_pallas.varying import varying_like
 
 type GradientScores = Literal["exact", "int8"]
 
-_ENTRIES_AT_ONCE = 2**26
-"""Scores that the soft choice holds at a time: a single block would leave a GPU idle."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -52,6 +50,8 @@ class Options:
             printed in the paper) or from the same codes ("int8").
         smooth_features: whether phi sees the keys less their mean (SLA2) or as they are (SLA).
         interpret: whether kernels run in the interpreter.
+        entries_at_once: about how many numbers the largest intermediate array may hold. Many keep a
+            GPU busy, few stay in the caches of a CPU.
     """
 
     blocks: Blocks
@@ -60,6 +60,7 @@ class Options:
     gradient_scores: GradientScores = "exact"
     smooth_features: bool = True
     interpret: bool = False
+    entries_at_once: int = 2**18
 
 
 class Residuals(NamedTuple):
@@ -111,7 +112,9 @@ def forward(
     """
     blocks = options.blocks
     heads = _heads(blocks, query, key, value, alpha, routing)
-    out, difference, logsumexp = _over_heads(functools.partial(_forward, options), heads)
+    portion = _Portion.of(options, blocks.kept * blocks.block_k, query.shape[-1])
+    function = functools.partial(_forward, options, portion.rows)
+    out, difference, logsumexp = _over_heads(function, heads, portion.heads)
     join = lambda x: blocks.join_queries(x).astype(query.dtype)
     return join(out), Residuals(join(out), join(difference), logsumexp)
 
@@ -131,8 +134,11 @@ def backward(
     heads = _heads(blocks, query, key, value, alpha, routing)
     saved = (*map(blocks.split_queries, (residuals.out, residuals.difference)), residuals.logsumexp)
     d_out = blocks.split_queries(d_out)
+    portion = _Portion.of(options, blocks.kept * blocks.block_k, query.shape[-1])
     d_query, d_key, d_value, d_alpha = _over_heads(
-        lambda arguments: _backward(options, *arguments), (heads, saved, d_out)
+        lambda arguments: _backward(options, portion.rows, *arguments),
+        (heads, saved, d_out),
+        portion.heads,
     )
     return (
         blocks.join_queries(d_query).astype(query.dtype),
@@ -168,6 +174,7 @@ def soft_forward(
     blocks = options.blocks
     routing = Routing(logits, logits, key_mean)
     heads = _heads(blocks, query, key, value, alpha, routing)
+    portion = _Portion.of(options, blocks.keys, query.shape[-1])
 
     def head(x):
         kept, left = jax.nn.log_sigmoid(x.mask), jax.nn.sigmoid(-x.mask)
@@ -182,11 +189,26 @@ def soft_forward(
             p = jax.nn.softmax(scores.reshape(len(query), -1), axis=-1).reshape(scores.shape)
             return float_einsum("qjs,jsd->qd", p.astype(query.dtype), x.value)
 
-        sparse = lax.map(block, (x.query, kept))
+        sparse = lax.map(block, (x.query, kept), batch_size=portion.rows)
         return _mix(blocks, x.alpha, sparse, features.linear())[0]
 
-    together = _ENTRIES_AT_ONCE // (blocks.keys * max(blocks.block_q, query.shape[-1]))
-    return blocks.join_queries(_over_heads(head, heads, together)).astype(query.dtype)
+    return blocks.join_queries(_over_heads(head, heads, portion.heads)).astype(query.dtype)
+
+
+class _Portion(NamedTuple):
+    """How many heads are computed at once, and how many blocks of queries in each."""
+
+    heads: int
+    rows: int
+
+    @classmethod
+    def of(cls, options: Options, keys: int, head_dim: int) -> "_Portion":
+        """`keys` is how many keys a block of queries attends to."""
+        blocks, most = options.blocks, options.entries_at_once
+        linear = (blocks.query_blocks + blocks.key_blocks) * head_dim**2
+        row = keys * (blocks.block_q + 2 * head_dim)
+        rows = max(1, min(blocks.query_blocks, (most - linear) // row))
+        return cls(max(1, most // (linear + rows * row)), rows)
 
 
 def _heads(blocks: Blocks, query, key, value, alpha, routing) -> _Head:
@@ -196,7 +218,7 @@ def _heads(blocks: Blocks, query, key, value, alpha, routing) -> _Head:
     return _Head(blocks.split_queries(query), key, value, alpha, *routing)
 
 
-def _over_heads(function, arguments, together: int = 1):
+def _over_heads(function, arguments, together: int):
     """Applies a function to every head of every sequence, at most `together` of them at once."""
     batch, heads = jax.tree.leaves(arguments)[0].shape[:2]
     merged = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), arguments)
@@ -276,7 +298,7 @@ class _Scores(NamedTuple):
         return jnp.where(inside, scale * product, -jnp.inf)
 
 
-def _forward(options: Options, x: _Head):
+def _forward(options: Options, rows: int, x: _Head):
     """Returns output and difference (I, q, D) and log-sum-exp (I, q) of a head."""
     blocks = options.blocks
     smooth = _smooth(blocks, x)
@@ -292,13 +314,13 @@ def _forward(options: Options, x: _Head):
         return product / total[:, None], largest[:, 0, 0] + jnp.log(total)
 
     ids = jnp.arange(blocks.query_blocks, dtype=jnp.int32)
-    sparse, logsumexp = lax.map(block, (ids, x.chosen))
+    sparse, logsumexp = lax.map(block, (ids, x.chosen), batch_size=rows)
     features = _Features.of(options, x, smooth, 1 - x.mask.astype(smooth.dtype))
     out, difference = _mix(blocks, x.alpha, sparse, features.linear())
     return out, difference, logsumexp
 
 
-def _backward(options: Options, x: _Head, saved, d_out):
+def _backward(options: Options, rows: int, x: _Head, saved, d_out):
     """Returns gradients for a head: query (I, q, D), key and value (J, s, D), alpha (I)."""
     blocks = options.blocks
     smooth = _smooth(blocks, x)
@@ -316,9 +338,7 @@ def _backward(options: Options, x: _Head, saved, d_out):
     linear_delta = (1 - alpha) * (along - alpha * d_alpha)
     d_sparse = alpha * d_out.astype(wide)
 
-    def block(carry, arguments):
-        d_key, d_value = carry
-        i, chosen = arguments
+    def block(i, chosen):
         key, value = smooth[chosen].astype(narrow), x.value[chosen]
         p_qjs = jnp.exp(scores(i, chosen) - logsumexp[i][:, None, None])
         dp_qjs = float_einsum("qd,jsd->qjs", d_sparse[i].astype(narrow), value)
@@ -326,11 +346,20 @@ def _backward(options: Options, x: _Head, saved, d_out):
         d_query = options.scale * float_einsum("qjs,jsd->qd", ds_qjs, key)
         dk_jsd = options.scale * float_einsum("qjs,qd->jsd", ds_qjs, x.query[i])
         dv_jsd = float_einsum("qjs,qd->jsd", p_qjs.astype(narrow), d_sparse[i].astype(narrow))
-        return (d_key.at[chosen].add(dk_jsd), d_value.at[chosen].add(dv_jsd)), d_query
+        return d_query, dk_jsd, dv_jsd
+
+    def add(sums, arguments):
+        chosen, *terms = arguments  # no block is chosen twice
+        at = lambda y, term: y.at[chosen].add(term, unique_indices=True)
+        return tuple(map(at, sums, terms)), None
+
+    def portion(sums, arguments):
+        d_query, *terms = jax.vmap(block)(*arguments)
+        return lax.scan(add, sums, (arguments[1], *terms))[0], d_query
 
     ids = jnp.arange(blocks.query_blocks, dtype=jnp.int32)
     zeros = varying_like((x, saved, d_out), jnp.zeros_like(smooth))
-    (d_key, d_value), d_query = lax.scan(block, (zeros, zeros), (ids, x.chosen))
+    (d_key, d_value), d_query = _scan_portions(portion, (zeros, zeros), (ids, x.chosen), rows)
     d_alpha = jnp.sum(d_alpha, axis=(1, 2))
     if blocks.dense:
         return d_query, _less_mean(blocks, d_key), d_value, jnp.zeros_like(d_alpha)
@@ -354,6 +383,19 @@ def _backward(options: Options, x: _Head, saved, d_out):
         d_key += through_features
         return d_query, _less_mean(blocks, d_key), d_value, d_alpha
     return d_query, _less_mean(blocks, d_key) + through_features, d_value, d_alpha
+
+
+def _scan_portions(function, carry, arguments, rows: int):
+    """Scans over portions of so many rows, of which the last may be smaller."""
+    count = len(jax.tree.leaves(arguments)[0])
+    whole = count - count % rows
+    cut = lambda x: x[:whole].reshape(-1, rows, *x.shape[1:])
+    carry, results = lax.scan(function, carry, jax.tree.map(cut, arguments))
+    results = results.reshape(whole, *results.shape[2:])
+    if whole < count:
+        carry, rest = function(carry, jax.tree.map(lambda x: x[whole:], arguments))
+        results = jnp.concatenate([results, rest])
+    return carry, results
 
 
 def _softmax_gradient(p: jax.Array, gradient: jax.Array) -> jax.Array:

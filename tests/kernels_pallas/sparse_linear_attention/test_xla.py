@@ -1,5 +1,6 @@
 """The reference against dense float64: output, every gradient, limits, errors."""
 
+import dataclasses
 import functools
 import math
 
@@ -16,6 +17,7 @@ from kernels_pallas import (
     soft_topk_logits,
     sparse_linear_attention,
 )
+from kernels_pallas.sparse_linear_attention import api, reference
 from kernels_pallas.sparse_linear_attention.blocks import Blocks
 from kernels_pallas.sparse_linear_attention.router import block_means, block_scores, choose
 from tests.kernels_pallas.sparse_linear_attention import dense
@@ -358,6 +360,35 @@ def test_shard_map_over_batch_and_heads():
     )
     for x, y in zip(results(jax.jit(sharded), inputs), results(function, inputs), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+@pytest.mark.parametrize("selection", ["hard", "soft"])
+def test_portions_of_any_size_give_the_same(selection):
+    query, key, value, logits, d_out = draw(90, 77, heads=3, batch=2)
+    options = {"kept_fraction": 0.3, "block_q": 16, "block_k": 8, "quantize": False}
+
+    def run(entries):
+        def attend(*operands):
+            call, _ = api._canonical(*operands, selection=selection, **options)
+            fewer = dataclasses.replace(call.options, entries_at_once=entries)
+            return api._xla(dataclasses.replace(call, options=fewer))
+
+        return results(attend, (query, key, value, logits, d_out))
+
+    blocks = Blocks(90, 77, 16, 8, 0.3)
+    attended = blocks.kept * 8 if selection == "hard" else 77
+
+    def portion(entries):
+        fewer = reference.Options(blocks, 1.0, entries_at_once=entries)
+        return reference._Portion.of(fewer, attended, 16)
+
+    linear, row = 16 * 256, attended * 48
+    one, some, all_rows, heads = 1, linear + 4 * row, linear + 6 * row, 3 * (linear + 6 * row)
+    assert [portion(x) for x in (one, some, all_rows, heads)] == [(1, 1), (1, 4), (1, 6), (3, 6)]
+    wanted = run(one)
+    for entries in (some, all_rows, heads):
+        for name, x, y in zip(NAMES, run(entries), wanted, strict=True):
+            assert relative(x, y) <= 1e-6, (entries, name)
 
 
 def test_no_array_of_queries_times_keys():
