@@ -105,6 +105,8 @@ class Config(Options):
     """Frames, rows and columns of patches whose tokens follow each other, so that a block of tokens
     is a compact piece of the video; None: as in the pretrained model. Full attention gives the same
     in any order."""
+    per_head_routers: bool = False
+    """Give each head a router of its own; the paper has one a layer."""
     gradient_scores: Literal["exact", "int8"] = "exact"
     """Scores of the backward pass: from Q and K, or from their INT8 codes."""
     feature_map: Literal["softmax", "elu", "relu"] = "softmax"
@@ -116,8 +118,9 @@ class Config(Options):
     remat: bool = False
     """Recompute each block in the backward pass of stage 2."""
     scan: bool = True
-    """Compile one block and loop over the weights of all, but in stage 2, which would then keep
-    more activations."""
+    """Compile one block and loop over the weights of all, in stage 1 and to validate."""
+    scan_stage2: bool = False
+    """In stage 2, too: compiles several times as fast and keeps about twice the activations."""
 
     # --- stage 1: routers and mixing ratios ---
     router_steps: int = 200

@@ -87,6 +87,7 @@ def attention_factory(config: Config, model: WanConfig, tokens: int) -> Callable
                     model.head_dim,
                     tokens,
                     initial_logit=method.initial_logit,
+                    per_head_routers=config.per_head_routers,
                     gradient_scores=config.gradient_scores,
                     **cut,
                 )
@@ -107,7 +108,8 @@ def replace_attention(config: Config, teacher: Models, shape: tuple[int, int, in
     attend = attention_factory(config, model, tokens)
     models, _, _ = load_export(config.pretrained, precision=config.precision, attend=attend)
     cube = model.token_cube if config.token_cube is None else config.token_cube
-    models = _changed(models, {"remat": config.remat, "token_cube": cube})
+    options = {"remat": config.remat, "scan": config.scan_stage2, "token_cube": cube}
+    models = _changed(models, options)
     skeleton, arrays = take_apart(models)
     mixing = names_of(models, MixingParam)
     evaluated = {"quantize": METHODS[config.method].quantize_evaluation}

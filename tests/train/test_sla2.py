@@ -219,6 +219,9 @@ def test_what_each_method_is_and_trains(pretrained, tmp_path, monkeypatch, metho
         alpha = {"sparse": 1.0, "sla2-fixed-alpha": 0.5}.get(method, 0.8808)
         assert float(jax.nn.sigmoid(layer.mixing_logits[0, 0])) == pytest.approx(alpha, abs=1e-4)
         assert layer.quantize == (method != "sla2-without-qat")
+        assert layer.query_router.ndim == 2
+        own = attention_factory(dataclasses.replace(settings, per_head_routers=True), TINY, 64)(0)
+        assert own.query_router.shape[0] == TINY.num_heads
 
 
 def test_tokens_may_be_put_in_another_order(pretrained, tmp_path):
@@ -234,6 +237,20 @@ def test_tokens_may_be_put_in_another_order(pretrained, tmp_path):
             errors[method, cube] = float(loss(student.arrays, {}, clip, jax.random.key(0)))
     assert errors["full", None] == pytest.approx(errors["full", (2, 2, 2)], rel=1e-5)
     assert errors["sparse", None] != pytest.approx(errors["sparse", (2, 2, 2)], rel=1e-3)
+
+
+def test_one_compiled_block_gives_the_same_in_the_second_stage(pretrained, tmp_path):
+    clip = next(ClipBatches(CLIPS["train"], TOKENIZER, batch_size=2, seed=0))
+    found = []
+    for scan in (False, True):
+        student = replaced(config(pretrained, tmp_path, scan_stage2=scan))
+        assert student.stage2.join(student.arrays).transformer.config.scan == scan
+        params = {name: student.arrays[name] for name in student.stage2.trained}
+        rest = {name: array for name, array in student.arrays.items() if name not in params}
+        loss = jax.jit(jax.value_and_grad(make_loss(student.stage2, LogitNormal())))
+        found.append(loss(params, rest, clip, jax.random.key(0)))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), *found)
+    assert np.abs(found[0][1][ATTEND.replace("attend", "value") + "kernel"]).max() > 0
 
 
 def test_distillation_starts_at_zero_for_the_teacher_itself(pretrained, tmp_path):
