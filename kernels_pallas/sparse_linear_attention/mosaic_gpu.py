@@ -253,13 +253,17 @@ def _transpose(blocks: Blocks, routing: Routing) -> tuple[jax.Array, jax.Array, 
 
 
 def _sum_rest(subscripts, mask, groups):
-    """Sums matrices (…, dim, dim) over the blocks that are not chosen, in groups of heads."""
+    """Sums matrices (…, dim, dim) over the blocks that are not chosen, in groups of heads.
+
+    GPUs accumulate in float32 and round once, also where the result is asked for in 16 bits; asked
+    for in float32 and rounded afterwards it would lie in memory in both.
+    """
     results, first = [], 0
     for x in groups:
         rest = 1 - mask[:, first : first + x.shape[1]].astype(x.dtype)
         flat = x.reshape(*x.shape[:3], -1)
-        sums = jnp.einsum(subscripts, rest, flat, preferred_element_type=jnp.float32)
-        results.append(sums.astype(x.dtype).reshape(*sums.shape[:3], *x.shape[3:]))
+        sums = jnp.einsum(subscripts, rest, flat)
+        results.append(sums.reshape(*sums.shape[:3], *x.shape[3:]))
         first += x.shape[1]
     return tuple(results)
 
