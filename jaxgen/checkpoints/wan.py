@@ -29,6 +29,7 @@ from jaxgen.checkpoints.safetensors_files import (
     load_safetensors,
     save_safetensors,
 )
+from jaxgen.checkpoints.stored_attention import is_plugged, stored_attention
 from jaxgen.layers import AttentionName
 from jaxgen.models.wan import Attend, Wan, WanConfig
 
@@ -117,13 +118,15 @@ def load_wan(
         source: what to call the arrays in an error, for example the path of their file.
         attend: makes the self-attention of a block from its number, as for `Wan`. The parameters
             of such modules stay as they are made if `arrays` holds none of them, which is how a
-            released model is converted; otherwise `arrays` must hold all.
+            released model is converted; otherwise `arrays` must hold all. None: what the arrays
+            were trained with, see `stored_attention`.
 
     Raises:
         ValueError: missing, unused or misshapen arrays, all listed; or settings that such modules
             record (`jaxgen.layers.Settings`) and that are not theirs.
     """
     model = nnx.eval_shape(lambda: Wan(config, rngs=nnx.Rngs(0)))
+    attend = stored_attention(arrays, source) if attend is None else attend
     if attend is not None:
         for number, block in enumerate(model.blocks):
             made = attend(number)
@@ -131,7 +134,7 @@ def load_wan(
     graph, state = nnx.split(model)
     flat = {".".join(map(str, path)): (path, leaf) for path, leaf in nnx.to_flat_state(state)}
     wanted = dict(flat)
-    if not any(_PLUGGED in key for key in arrays):
+    if not any(map(is_plugged, arrays)):
         wanted = {path: entry for path, entry in flat.items() if _PLUGGED_PATH not in path}
     shapes = {path: variable.get_raw_value() for path, (_, variable) in wanted.items()}
     check_arrays(arrays, _expected(shapes, config), source)
@@ -168,7 +171,7 @@ def load_wan_folder(
     *,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike | None = None,
-    attention: AttentionName = "exact",
+    attention: AttentionName | None = None,
     remat: bool = False,
     scan: bool = False,
     attend: Callable[[int], Attend] | None = None,
@@ -179,7 +182,8 @@ def load_wan_folder(
         folder: the folder of the transformer, or that of a pipeline with `transformer` in it.
         dtype: computation dtype.
         param_dtype: dtype of the parameters; `dtype` if None.
-        attention: "exact" or "int8".
+        attention: "exact" or "int8", full attention even where the folder also holds parameters of
+            sparse attention; None: sparse as it was trained with these, otherwise exact.
         remat: recompute each block in the backward pass.
         scan: compile one block and loop over the weights of all; the blocks must be alike.
         attend: as for `load_wan`.
@@ -196,12 +200,15 @@ def load_wan_folder(
         wan_config_from_json(path.read_text(encoding="utf-8"), str(path)),
         dtype=dtype,
         param_dtype=dtype if param_dtype is None else param_dtype,
-        attention=attention,
+        attention="exact" if attention is None else attention,
         remat=remat,
         scan=scan,
     )
     weights = folder / _WEIGHTS
-    return load_wan(config, load_safetensors(weights), str(weights), attend=attend)
+    arrays = load_safetensors(weights)
+    if attention is not None and attend is None:
+        arrays = {key: array for key, array in arrays.items() if not is_plugged(key)}
+    return load_wan(config, arrays, str(weights), attend=attend)
 
 
 def wan_config_to_json(config: WanConfig) -> str:

@@ -1,12 +1,13 @@
 """The attention of SLA (arXiv 2509.24006), the predecessor of SLA2, and its released weights."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from jaxgen.layers.sparse_linear_attention import (
@@ -21,6 +22,7 @@ from kernels_pallas.sparse_linear_attention.blocks import Blocks
 
 FeatureMap = Literal["softmax", "elu", "relu"]
 
+_SETTINGS = ("kept_fraction", "block_q", "block_k", "feature_map", "complement")
 _OURS, _TURBO_DIFFUSION = ".attn1.attend.", ".self_attn.attn_op.local_attn.proj_l."
 
 
@@ -64,6 +66,9 @@ class SLA1Attention(nnx.Module):
         ValueError: another feature map, or a size below 1.
     """
 
+    PARAMETERS: ClassVar[frozenset[str]] = frozenset({"proj_l.weight", "proj_l.bias", "settings"})
+    """Names of what a checkpoint holds."""
+
     def __init__(
         self,
         head_dim: int,
@@ -93,6 +98,26 @@ class SLA1Attention(nnx.Module):
             feature_map=maps.index(feature_map),
             complement=complement,
         )
+
+    @classmethod
+    def of_parameters(cls, shapes: Mapping[str, Any], settings: ArrayLike, **options: Any) -> Self:
+        """Makes a module that parameters from a file fit into.
+
+        Args:
+            shapes: what has the shapes of the parameters, by name.
+            settings: the array `settings` of the file.
+            **options: of the constructor, such as `quantize`, that a file does not tell.
+
+        Raises:
+            ValueError: settings out of range.
+        """
+        found, maps = Settings.read(_SETTINGS, settings), get_args(FeatureMap)
+        number = found.pop("feature_map")
+        if not 0 <= number < len(maps):
+            raise ValueError(f"feature_map must be from 0 to {len(maps) - 1}, got {number}")
+        found["complement"] = bool(found["complement"])
+        head_dim = shapes["proj_l.bias"].shape[-1]
+        return cls(head_dim, feature_map=maps[number], **found, **options)
 
     def __call__(
         self,

@@ -5,13 +5,14 @@ Its parameters are float32 and few; a model whose attention was replaced must be
 whole, which `train.sla2` does in the two stages of the paper.
 """
 
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from jaxgen.layers.attention import exact_attention
@@ -24,6 +25,7 @@ from kernels_pallas.sparse_linear_attention.router import block_means, block_sco
 ALL_SPARSE = 40.0
 """Mixing logit whose sigmoid is exactly 1 in float32: nothing of the linear branch remains."""
 
+_SETTINGS = ("kept_fraction", "block_q", "block_k", "smooth_features")
 _SMALLEST_ALPHA, _LARGEST_ALPHA = 0.02, 0.98
 _MILLION = 1_000_000
 _CHANGEABLE = (
@@ -50,6 +52,18 @@ class Settings(nnx.Variable):
     It travels with the weights, and `jaxgen.checkpoints` refuses a file that says otherwise than
     the module it is loaded into.
     """
+
+    @staticmethod
+    def read(names: tuple[str, ...], numbers: Any) -> dict[str, Any]:
+        """Returns the settings by name that a file holds as numbers; `of` backwards.
+
+        Raises:
+            ValueError: another number of them.
+        """
+        numbers = np.asarray(numbers)
+        if numbers.shape != (len(names),):
+            raise ValueError(f"settings must be {', '.join(names)}, got shape {numbers.shape}")
+        return dict(zip(names, map(_shown, names, numbers.tolist()), strict=True))
 
     @classmethod
     def of(cls, **settings: float) -> Self:
@@ -116,6 +130,11 @@ class SparseLinearAttention(nnx.Module):
         ValueError: a size below 1, or `query_tokens` missing.
     """
 
+    PARAMETERS: ClassVar[frozenset[str]] = frozenset(
+        {"query_router", "key_router", "mixing_logits", "settings"}
+    )
+    """Names of what a checkpoint holds."""
+
     def __init__(
         self,
         num_heads: int,
@@ -137,6 +156,10 @@ class SparseLinearAttention(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ):
         check_sizes(num_heads=num_heads, head_dim=head_dim, block_q=block_q, block_k=block_k)
+        if not 0 < kept_fraction <= 1:
+            raise ValueError(
+                f"kept_fraction must be more than 0 and at most 1, got {kept_fraction}"
+            )
         if not per_head_ratio:
             if query_tokens is None:
                 raise ValueError("query_tokens may be None with per_head_ratio only")
@@ -156,6 +179,37 @@ class SparseLinearAttention(nnx.Module):
         self.selection: Selection = selection
         self.implementation: ImplementationName | None = implementation
         self.settings = self._record()
+
+    @classmethod
+    def of_parameters(cls, shapes: Mapping[str, Any], settings: ArrayLike, **options: Any) -> Self:
+        """Makes a module that parameters from a file fit into.
+
+        Args:
+            shapes: what has the shapes of the parameters, by name.
+            settings: the array `settings` of the file.
+            **options: of the constructor, such as `quantize`, that a file does not tell.
+
+        Raises:
+            ValueError: settings out of range, or shapes that belong together in no module.
+        """
+        found = Settings.read(_SETTINGS, settings)
+        if not found.pop("smooth_features"):
+            raise ValueError("features of unsmoothed keys are those of SLA, not of SLA2")
+        logits, router = shapes["mixing_logits"].shape, shapes["query_router"].shape
+        if len(logits) not in (1, 2) or len(router) not in (2, 3):
+            raise ValueError(
+                "mixing_logits must have one or two axes and routers two or three, "
+                f"got {logits} and {router}"
+            )
+        return cls(
+            logits[0],
+            router[-1],
+            None if len(logits) == 1 else logits[1] * found["block_q"],
+            per_head_ratio=len(logits) == 1,
+            per_head_routers=len(router) == 3,
+            **found,
+            **options,
+        )
 
     def _record(self) -> Settings:
         cut = {"block_q": self.block_q, "block_k": self.block_k}

@@ -84,7 +84,7 @@ class TextToVideo:
         cls,
         folder: str | os.PathLike,
         *,
-        attention: AttentionName | Callable[[int], Attend] = "exact",
+        attention: AttentionName | Callable[[int], Attend] | None = None,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike | None = None,
         remat: bool = False,
@@ -97,8 +97,10 @@ class TextToVideo:
                 `transformer` and `text_encoder`); or what diffusers' `WanPipeline` wrote
                 (`model_index.json`), of which only `transformer` and the scheduler's shift are
                 read; or such a `transformer` alone, with its `config.json` directly inside.
-            attention: Self-attention of the transformer: "exact", "int8", or a function that
-                makes it from the number of a block, as `attend` of `Wan`.
+            attention: Self-attention of the transformer: None is what the model was trained with,
+                sparse-linear where the weights hold its parameters and exact otherwise; "exact"
+                or "int8" is full attention in any case; or a function that makes it from the
+                number of a block, as `attend` of `Wan`.
             dtype: Floating dtype of the computation.
             param_dtype: Floating dtype of the weights in memory; `dtype` if None.
             remat: Recompute each block of the transformer in a backward pass.

@@ -77,7 +77,7 @@ class Parts:
 
 def load(
     folder: str | os.PathLike,
-    attention: AttentionName | Callable[[int], Attend],
+    attention: AttentionName | Callable[[int], Attend] | None,
     *,
     dtype: DTypeLike,
     param_dtype: DTypeLike,

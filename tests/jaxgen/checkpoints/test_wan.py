@@ -23,6 +23,7 @@ from jaxgen.checkpoints import (
     wan_config_to_json,
     wan_shapes,
 )
+from jaxgen.layers import SLA1Attention, SparseLinearAttention
 from jaxgen.models import WAN_PRESETS, Wan, WanConfig
 
 GOLDENS = Path(__file__).parents[2] / "goldens"
@@ -193,11 +194,58 @@ def test_parameters_of_self_attention_are_saved_and_all_or_none_are_loaded():
     assert sorted(saved.keys() - weights.keys()) == extra
     again = load_wan(config, saved, attend=lambda number: _Scaled(0.0))
     np.testing.assert_array_equal(_run(again, inputs), _run(model, inputs))
-    with pytest.raises(ValueError, match=rf"unused \(2\): {', '.join(extra)}"):
+    with pytest.raises(ValueError, match=r"block 0 has the parameters factor; it must be Sparse"):
         load_wan(config, saved)
     del saved[extra[0]]
     with pytest.raises(ValueError, match=rf"missing \(1\): {extra[0]}"):
         load_wan(config, saved, attend=lambda number: _Scaled(0.0))
+
+
+@pytest.mark.parametrize("kind", ["sla2", "sla2 a head", "sla1"])
+def test_what_a_model_was_trained_with_is_found_in_its_weights(kind, tmp_path):
+    config, weights, inputs, output = _golden("plain")
+    tokens = int(np.prod(inputs["latents"].shape[-3:])) // config.patch_pixels
+
+    def attend(number):
+        cut = {"kept_fraction": 0.3, "block_q": 4, "block_k": 2}
+        if kind == "sla1":
+            return SLA1Attention(config.head_dim, complement=number == 0, feature_map="elu", **cut)
+        own = {"per_head_ratio": True, "per_head_routers": True} if kind == "sla2 a head" else {}
+        length = None if own else tokens
+        return SparseLinearAttention(config.num_heads, config.head_dim, length, **own, **cut)
+
+    made = load_wan(config, weights, attend=attend)
+    save_wan_folder(tmp_path, made)
+    found = load_wan_folder(tmp_path)
+    for block, other in zip(found.blocks, made.blocks, strict=True):
+        layers = block.self_attention.attend, other.self_attention.attend
+        assert type(layers[0]) is type(layers[1])
+        graphs = [nnx.split(layer)[0] for layer in layers]
+        assert graphs[0] == graphs[1]
+    np.testing.assert_allclose(_run(found, inputs), _run(made, inputs), atol=1e-6)
+    assert _error(_run(found, inputs), output) > 1e-3
+    assert _error(_run(load_wan_folder(tmp_path, attention="exact"), inputs), output) <= 3e-6
+
+
+def test_self_attention_that_weights_do_not_tell():
+    config, weights, _, _ = _golden("plain")
+    make = lambda number: SparseLinearAttention(config.num_heads, config.head_dim, 64)
+    saved = export_wan(load_wan(config, weights, attend=make))
+    name = "blocks.1.attn1.attend.settings"
+    for settings, message in (
+        ([50_000, 128, 64], r"settings must be kept_fraction, .*, got shape \(3,\)"),
+        ([0, 128, 64, 1], "kept_fraction must be more than 0 and at most 1, got 0"),
+        ([50_000, 128, 0, 1], "block_k must be at least 1, got 0"),
+        ([50_000, 128, 64, 0], "features of unsmoothed keys are those of SLA"),
+    ):
+        with pytest.raises(ValueError, match=f"arrays: self-attention of block 1: {message}"):
+            load_wan(config, saved | {name: np.array(settings, np.int32)})
+    flat = {"blocks.1.attn1.attend.mixing_logits": np.zeros((), np.float32)}
+    with pytest.raises(ValueError, match="mixing_logits must have one or two axes"):
+        load_wan(config, saved | flat)
+    del saved[name]
+    with pytest.raises(ValueError, match="block 1 has the parameters key_router, mixing_logits"):
+        load_wan(config, saved)
 
 
 @pytest.mark.parametrize("config", WAN_PRESETS.values())

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from jaxgen.checkpoints import load_safetensors, save_wan_folder
+from jaxgen.layers import SparseLinearAttention
 from jaxgen.models import TextEncoder, TextEncoderConfig, Wan, WanConfig
 from jaxgen.pipelines import TextToVideo
 from jaxgen.pipelines import text_to_video as module
@@ -330,8 +331,25 @@ def test_parameters_of_plugged_in_attention_stay_wide(released_folder, features,
     assert wide == [f"blocks.{number}.attn1.attend.factor" for number in range(3)]
     again = TextToVideo.from_pretrained(tmp_path, attention=lambda number: Scaled(0.0))
     assert again.transformer.blocks[2].self_attention.attend.factor[0, 0, 0, 0] == factor
-    with pytest.raises(ValueError, match=r"unused \(3\): blocks\.0\.attn1\.attend\.factor"):
+    with pytest.raises(ValueError, match="self-attention of block 0 has the parameters factor"):
         TextToVideo.from_pretrained(tmp_path)
+    full = TextToVideo.from_pretrained(tmp_path, attention="exact")
+    wanted = draw(TextToVideo.from_pretrained(released_folder))
+    np.testing.assert_allclose(draw(full), wanted, atol=0.1)  # weights are bfloat16 on disk
+
+
+def test_sparse_attention_is_found_in_the_weights(captioned, captioned_folder, tmp_path):
+    sizes = {"frames": 4, "height": 8, "width": 8}
+    config = captioned.transformer.config
+    tokens = 4 * 8 * 8 // config.patch_pixels
+    cut = {"kept_fraction": 0.3, "block_q": 4, "block_k": 2}
+    make = lambda number: SparseLinearAttention(config.num_heads, config.head_dim, tokens, **cut)
+    made = TextToVideo.from_pretrained(captioned_folder, attention=make)
+    made.save_pretrained(tmp_path, "float32")
+    found, full = TextToVideo.from_pretrained(tmp_path), captioned
+    draws = [pipeline(PROMPTS, steps=2, **sizes) for pipeline in (found, made, full)]
+    np.testing.assert_array_equal(draws[0], draws[1])
+    assert (draws[0] != draws[2]).any()
 
 
 # --- both ---
