@@ -1,8 +1,8 @@
 """What jaxgen does, in a few minutes on a laptop: `python -m train.demo` (or `make demo`).
 
 Draws emoji with the shipped models, captions from training beside combinations that training never
-contained; then trains a model from scratch for a minute with INT8 attention. Pictures and a report
-go to one folder.
+contained; draws some again with both models sharing the steps; then trains a model from scratch for
+a minute with INT8 attention. Pictures and a report go to one folder.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from PIL import Image
 
 from jaxgen.pictures import image_grid
 from jaxgen.pipelines import TextToImage
-from train import openmoji
+from train import demo_samplers, openmoji
 from train.metrics import Row
 from train.text_to_image import train
 from train.text_to_image_config import Config as TrainConfig
@@ -28,7 +28,7 @@ from train.text_to_image_parts import load_pictures
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Draw with the shipped models, then train for a minute."""
+    """Draw with the shipped models, alone and together, then train for a minute."""
 
     output: Path = Path("demo_output")
     """Folder that gets the pictures and the report."""
@@ -36,6 +36,8 @@ class Config:
     """Folder of the shipped models."""
     captions: int = 9
     """Captions of the grid; the last third are held-out combinations."""
+    sampler_captions: int = 4
+    """Captions that every sampler draws, chosen likewise."""
     steps: int = 20
     """Euler steps a picture."""
     train_seconds: float = 75.0
@@ -44,8 +46,9 @@ class Config:
     """Preset that is trained."""
 
     def __post_init__(self):
-        if self.captions < 3:
-            raise ValueError(f"captions must be at least 3, got {self.captions}")
+        for name, smallest in (("captions", 3), ("sampler_captions", 3), ("steps", 10)):
+            if getattr(self, name) < smallest:
+                raise ValueError(f"{name} must be at least {smallest}, got {getattr(self, name)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,13 +101,17 @@ def labelled_grid(emojis: openmoji.Emojis, rows: list[int], drawn: list[Drawn]) 
     lines = {"OpenMoji": np.stack([np.asarray(picture) for picture in real])}
     for one in drawn:
         lines |= {f"{one.name}, seed {seed}": one.pictures[seed] for seed in (0, 1)}
-    headings = [
+    captions = [label for label in lines for _ in rows]
+    pictures = np.concatenate(list(lines.values()))
+    return image_grid(pictures, captions, headings=headings(emojis, rows), picture_size=112)
+
+
+def headings(emojis: openmoji.Emojis, rows: list[int]) -> list[str]:
+    """Return captions, those marked that no picture in training had."""
+    return [
         emojis.captions[row] + (" (never trained on)" if emojis.held_out[row] else "")
         for row in rows
     ]
-    captions = [label for label in lines for _ in rows]
-    pictures = np.concatenate(list(lines.values()))
-    return image_grid(pictures, captions, headings=headings, picture_size=112)
 
 
 def plot_losses(rows: list[Row], path: Path) -> None:
@@ -145,8 +152,8 @@ def train_from_scratch(config: Config, folder: Path) -> tuple[list[Row], Path]:
     return result.rows, max((folder / "run" / "samples").glob("*.png"))
 
 
-def write_report(config: Config, drawn: list[Drawn], rows: list[Row]) -> Path:
-    """Write one HTML page that shows everything."""
+def write_report(config: Config, drawn: list[Drawn], samplers: str, rows: list[Row]) -> Path:
+    """Write one HTML page that shows everything; `samplers` is a part of it."""
     models = "".join(
         f"<tr><td>{html.escape(one.name)}<td>{one.parameters / 1e6:.1f} M"
         f"<td>{one.seconds_to_compile:.0f} s<td>{one.seconds_a_picture:.2f} s"
@@ -166,7 +173,7 @@ tone that no picture in training showed.</p>
 <table><tr><th>model<th>parameters<th>compilation<th>time a picture</tr>{models}</table>
 <p>On {html.escape(jax.devices()[0].device_kind)}.</p>
 <p><img src="grid.png" alt="grid of captions and models"></p>
-<h2>Training from scratch with INT8 attention</h2>
+{samplers}<h2>Training from scratch with INT8 attention</h2>
 <p>{rows[-1]["step"]} steps in {config.train_seconds:.0f} seconds, compilation included. The loss
 went from {_show(rows[0]["loss"])} to {_show(rows[-1]["loss"])}.</p>
 <p><img src="loss.png" alt="loss over steps"></p>
@@ -222,13 +229,20 @@ def run(config: Config) -> Path:
     labelled_grid(emojis, rows, drawn).save(config.output / "grid.png")
     print(f"   wrote {config.output / 'grid.png'}")
 
-    print(f"2. Training from scratch with INT8 attention for {config.train_seconds:.0f} s:")
+    rows = choose_rows(emojis, config.sampler_captions)
+    captions = [emojis.captions[row] for row in rows]
+    print(f"2. Drawing {len(captions)} captions with both models sharing the steps:")
+    samplers = demo_samplers.show(
+        folders, captions, headings(emojis, rows), config.steps, config.output
+    )
+
+    print(f"3. Training from scratch with INT8 attention for {config.train_seconds:.0f} s:")
     with tempfile.TemporaryDirectory() as temporary:
         history, samples = train_from_scratch(config, Path(temporary))
         shutil.copy(samples, config.output / "after_a_minute.png")
     plot_losses(history, config.output / "loss.png")
     print(f"   loss {_show(history[0]['loss'])} -> {_show(history[-1]['loss'])}")
-    report = write_report(config, drawn, history)
+    report = write_report(config, drawn, samplers, history)
     print(f"Done. Open {report} in a browser.")
     return report
 
