@@ -12,7 +12,11 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 def test_there_are_notebooks():
-    assert [path.stem for path in NOTEBOOKS] == ["01_text_to_image", "02_int8_attention"]
+    assert [path.stem for path in NOTEBOOKS] == [
+        "01_text_to_image",
+        "02_int8_attention",
+        "04_hybrid_stitch",
+    ]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
