@@ -1,0 +1,416 @@
+"""How long does a picture take when two models share its steps? SD3.5-Large with SD3-Medium.
+
+Weights are random: a step takes as long with any. Everything counts from noise to pixels, all steps
+and the decoding; the text encoders do not, since every sampler needs them alike. What a sampler
+draws with these weights says nothing, so a switch that is found while sampling is not measured:
+SRDiffusion switches half-way.
+
+Command    python -m train.configs.stitching_speed --output runs/stitching-speed.json
+Hardware   not measured yet
+Outcome    not measured yet
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from jaxgen.checkpoints import write_atomically
+from jaxgen.layers import AttentionName
+from jaxgen.models import AUTOENCODER_PRESETS, MMDIT_PRESETS, Autoencoder, MMDiT, MMDiTConfig
+from jaxgen.models.mmdit_operations import mmdit_operations
+from jaxgen.pipelines.text_to_image import to_pixels
+from jaxgen.sampling import (
+    Alone,
+    Conditioning,
+    FlowMatchingSchedule,
+    Guided,
+    HybridStitch,
+    Policy,
+    SRDiffusion,
+    TStitch,
+    active_count,
+    relative_cost,
+    stitch,
+)
+from train.stitching import METHODS, describe
+
+type Record = dict[str, Any]
+
+POLICIES = ("large", "small", "t-stitch", "srdiffusion", "hybridstitch")
+"""What can be measured, in this order."""
+
+_NARROW: dict[str, Any] = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
+_AUTOENCODER = "stable-diffusion-3"
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """Time a picture by the large model, the small one, T-Stitch, SRDiffusion and HybridStitch.
+
+    Both models stay in memory, in bfloat16.
+    """
+
+    large: str = "sd3.5-large"
+    """Preset of the large model."""
+    small: str = "sd3-medium"
+    """Preset of the small model."""
+    pixels: int = 1024
+    """Side of the pictures."""
+    steps: int = 50
+    """Euler steps."""
+    text_tokens: int = 333
+    """Tokens of the text; 77 of CLIP and 256 of T5 are 333."""
+    guidance_scale: float = 4.5
+    """Of both models; guidance doubles the batch, whatever its scale."""
+    attention: AttentionName = "exact"
+    """Arithmetic of attention."""
+    batch: int = 1
+    """Pictures drawn at once."""
+    runs: int = 3
+    """Pictures, or batches of them, of which the median counts."""
+    policies: tuple[str, ...] = POLICIES
+    """Samplers: large, small, t-stitch, srdiffusion, hybridstitch."""
+    splits: tuple[tuple[float, float], ...] = ((0.2, 0.5), (0.18, 0.48), (0.16, 0.46), (0.14, 0.44))
+    """Where the hybrid stage starts and ends, as shares of the steps. HybridStitch is measured with
+    its default first, then with each of these."""
+    target: float = 1.83
+    """Speed-up for which a split is looked for."""
+    layers: int | None = None
+    """Blocks of both models, for a quick try; None: all."""
+    output: Path | None = None
+    """Write settings and records there, as JSON, after each record."""
+
+    def __post_init__(self):
+        for name in ("large", "small"):
+            if (preset := getattr(self, name)) not in MMDIT_PRESETS:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(MMDIT_PRESETS)}, got {preset!r}"
+                )
+        for name in ("pixels", "steps", "text_tokens", "batch", "runs", "layers"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
+        unknown = [name for name in self.policies if name not in POLICIES]
+        if unknown:
+            raise ValueError(f"policies must be among {', '.join(POLICIES)}, got {unknown}")
+        if "large" not in self.policies:
+            raise ValueError(
+                "policies must include 'large', with which the others are compared, "
+                f"got {self.policies}"
+            )
+        large, small = self.config("large"), self.config("small")
+        latents = AUTOENCODER_PRESETS[_AUTOENCODER].latent_channels
+        for name, one, other in (
+            ("latent channels, as the autoencoder", large.in_channels, latents),
+            ("latent channels", large.in_channels, small.in_channels),
+            ("joint_attention_dim", large.joint_attention_dim, small.joint_attention_dim),
+            ("pooled_projection_dim", large.pooled_projection_dim, small.pooled_projection_dim),
+            ("patch_size", large.patch_size, small.patch_size),
+        ):
+            if one != other:
+                raise ValueError(
+                    f"large and small must have the same {name}, got {one} and {other}"
+                )
+        unit = AUTOENCODER_PRESETS[_AUTOENCODER].downscale * large.patch_size
+        most = unit * min(large.pos_embed_max_size, small.pos_embed_max_size)
+        if self.pixels % unit or self.pixels > most:
+            raise ValueError(
+                f"pixels must be a multiple of {unit} and at most {most}, got {self.pixels}"
+            )
+        for policy in self.samplers():
+            policy.stages(self.steps)
+
+    def config(self, role: str) -> MMDiTConfig:
+        """Return the configuration of "large" or "small"."""
+        config = MMDIT_PRESETS[getattr(self, role)]
+        layers = config.num_layers if self.layers is None else min(self.layers, config.num_layers)
+        dual = tuple(number for number in config.dual_attention_layers if number < layers)
+        return dataclasses.replace(
+            config,
+            num_layers=layers,
+            dual_attention_layers=dual,
+            attention=self.attention,
+            **_NARROW,
+        )
+
+    @property
+    def patches(self) -> int:
+        """Patches of a picture."""
+        unit = AUTOENCODER_PRESETS[_AUTOENCODER].downscale * self.config("large").patch_size
+        return (self.pixels // unit) ** 2
+
+    def samplers(self) -> tuple[Policy, ...]:
+        """Return what is measured; the large model alone comes first."""
+        kinds: dict[str, tuple[Policy, ...]] = {
+            "large": (Alone(),),
+            "small": (Alone("small"),),
+            "t-stitch": (TStitch(),),
+            "srdiffusion": (SRDiffusion(0.5),),
+            "hybridstitch": (HybridStitch(), *(HybridStitch(*split) for split in self.splits)),
+        }
+        return tuple(policy for kind in POLICIES if kind in self.policies for policy in kinds[kind])
+
+
+def measure(speed: Speed) -> Iterator[Record]:
+    """Draw by each sampler in turn and yield a record as soon as there is one.
+
+    Seconds are those of one picture, and `seconds_decoding` the autoencoder's part of them;
+    `seconds_of_runs` are for a batch. `seconds_compiling` is what the first run took longer;
+    programs of earlier samplers are not compiled again. Operations are those of the steps alone.
+    `gib` is the most memory in use during the runs (see `Memory`), less the weights of a model that
+    this sampler does not use; `gib_of_process` is the device's mark, with everything before.
+    """
+    autoencoder = AUTOENCODER_PRESETS[_AUTOENCODER]
+    large = speed.config("large")
+    conditional, unconditional = (
+        Conditioning(
+            _normal(2 * half, shape=(speed.batch, speed.text_tokens, large.joint_attention_dim)),
+            _normal(2 * half + 1, shape=(speed.batch, large.pooled_projection_dim)),
+        )
+        for half in range(2)
+    )
+    models = {
+        role: Guided.of(
+            with_random_weights(functools.partial(MMDiT, speed.config(role))),
+            conditional,
+            unconditional,
+            speed.guidance_scale,
+        )
+        for role in ("large", "small")
+    }
+    decoder = with_random_weights(
+        functools.partial(Autoencoder, dataclasses.replace(autoencoder, **_NARROW))
+    )
+    side = speed.pixels // autoencoder.downscale
+    noise = _normal(4, shape=(speed.batch, side, side, large.in_channels), dtype=jnp.float32)
+    sigmas = FlowMatchingSchedule().sigmas(speed.steps)
+    alone = None
+    for policy in speed.samplers():
+        steps = _steps_of(policy, speed.steps)
+        used = {
+            role: model if steps[role] or steps["hybrid"] else None
+            for role, model in models.items()
+        }
+        unused = sum(_bytes(model.weights) for role, model in models.items() if not used[role])
+        draw = functools.partial(_seconds, used, policy, noise, sigmas, decoder)
+        first, _ = draw()
+        with Memory() as memory:
+            timed = [draw() for _ in range(speed.runs)]
+        seconds = statistics.median(whole for whole, _ in timed)
+        alone = seconds if alone is None else alone
+        yield {
+            "method": METHODS[type(policy)],
+            "policy": dataclasses.asdict(policy),
+            "steps": steps,
+            "seconds_a_picture": seconds / speed.batch,
+            "seconds_of_runs": [whole for whole, _ in timed],
+            "seconds_decoding": statistics.median(part for _, part in timed) / speed.batch,
+            "seconds_compiling": max(0.0, first - seconds),
+            "speed_up": alone / seconds,
+            "speed_up_in_operations": 1 / cost_of(speed, policy),
+            "gib": None if memory.bytes is None else (memory.bytes - unused) / 2**30,
+            "gib_of_process": None if memory.mark is None else memory.mark / 2**30,
+        }
+
+
+def cost_of(speed: Speed, policy: Policy) -> float:
+    """Return the operations of all steps as a share of the large model's alone."""
+    large, small = speed.config("large"), speed.config("small")
+    whole = mmdit_operations(large, speed.patches, speed.text_tokens)
+    masked = 0.0
+    if isinstance(policy, HybridStitch):
+        active = active_count(speed.patches, policy.share, policy.multiple)
+        masked = mmdit_operations(large, speed.patches, speed.text_tokens, active) / whole
+    other = mmdit_operations(small, speed.patches, speed.text_tokens) / whole
+    return relative_cost(policy, speed.steps, other, masked)
+
+
+def with_random_weights[Module: nnx.Module](make: Callable[..., Module]) -> Module:
+    """Return a module whose weights are all random, made on the device in their own dtype.
+
+    A new MMDiT predicts zero, as gates and last layer start there; here nothing is zero. Kernels
+    keep the size of what they are applied to. Each array is made by a program of its own, since
+    one for all would take long to compile; there are few shapes.
+
+    Args:
+        make: Called with `rngs`, without making arrays.
+    """
+    graph, state = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
+    leaves, structure = jax.tree.flatten_with_path(state)
+    weights = []
+    for number, (path, leaf) in enumerate(leaves):
+        around = 1.0 if "'scale'" in jax.tree_util.keystr(path) else 0.0
+        size = 1 / math.sqrt(math.prod(leaf.shape[:-1])) if len(leaf.shape) > 1 else 0.02
+        weights.append(_normal(number, around, size, shape=leaf.shape, dtype=leaf.dtype))
+    return nnx.merge(graph, jax.tree.unflatten(structure, weights))
+
+
+class Memory:
+    """The most bytes of the first device in use at once, looked at a few hundred times a second.
+
+    The device's own high-water mark never falls, so it is that of the hungriest sampler so far, or
+    of the compiler, which tries algorithms on the device.
+
+    Attributes:
+        bytes: What was seen; None where the device does not say, as on CPUs.
+        mark: The device's mark.
+    """
+
+    def __init__(self):
+        self.bytes: int | None = None
+        self.mark: int | None = None
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while stats := jax.local_devices()[0].memory_stats():
+            self.bytes = max(self.bytes or 0, stats["bytes_in_use"])
+            self.mark = stats.get("peak_bytes_in_use")
+            if self._over.wait(0.003):
+                break
+
+
+def reaching(records: Sequence[Record], target: float) -> Record | None:
+    """Return the HybridStitch with most work for the large model that reaches a speed-up."""
+    fast = [r for r in records if r["method"] == "HybridStitch" and r["speed_up"] >= target]
+    return min(fast, key=lambda record: record["speed_up_in_operations"], default=None)
+
+
+def table(records: Sequence[Record]) -> str:
+    """Return a Markdown table."""
+    lines = [
+        "| sampler | large + hybrid + small steps | a picture | compiling | speed-up "
+        "| in operations | memory |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for record in records:
+        cells = [
+            describe(record["method"], record["policy"]),
+            " + ".join(str(record["steps"][kind]) for kind in ("large", "hybrid", "small")),
+            f"{record['seconds_a_picture']:.2f} s",
+            f"{record['seconds_compiling']:.0f} s",
+            f"{record['speed_up']:.2f}",
+            f"{record['speed_up_in_operations']:.2f}",
+            "" if record["gib"] is None else f"{record['gib']:.1f} GiB",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def verdict(records: Sequence[Record], target: float) -> str:
+    """Return which split reaches the target, in a sentence."""
+    found = reaching(records, target)
+    if found is None:
+        return f"No split of HybridStitch that was measured is {target:g} times as fast."
+    steps = " + ".join(str(found["steps"][kind]) for kind in ("large", "hybrid", "small"))
+    return (
+        f"HybridStitch with {steps} steps is {found['speed_up']:.2f} times as fast, and of the "
+        f"splits that reach {target:g} it leaves most to the large model."
+    )
+
+
+def save(speed: Speed, records: Sequence[Record]) -> None:
+    """Write settings and records to the output, if there is one."""
+    if speed.output is None:
+        return
+    result = {
+        "settings": {**dataclasses.asdict(speed), "output": str(speed.output)},
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "records": list(records),
+    }
+    speed.output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(speed.output, [(json.dumps(result, indent=2) + "\n").encode()])
+
+
+def carry_out(speed: Speed) -> list[Record]:
+    """Measure, report each record at once, and write what there is after each."""
+    records = []
+    for record in measure(speed):
+        records.append(record)
+        save(speed, records)
+        print(json.dumps(record), file=sys.stderr, flush=True)
+    return records
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+def _normal(
+    seed: int,
+    around: float = 0.0,
+    size: float = 1.0,
+    *,
+    shape: tuple[int, ...],
+    dtype: DTypeLike = jnp.bfloat16,
+) -> jax.Array:
+    """Draw normal numbers on the device."""
+    values = jax.random.normal(jax.random.key(seed), shape, dtype)
+    return jnp.asarray(around, dtype) + jnp.asarray(size, dtype) * values
+
+
+@nnx.jit
+def _decode(autoencoder: Autoencoder, latents: jax.Array) -> jax.Array:
+    return to_pixels(autoencoder.decode(latents))
+
+
+def _seconds(
+    models: Mapping[str, Guided | None],
+    policy: Policy,
+    noise: jax.Array,
+    sigmas: jax.Array,
+    autoencoder: Autoencoder,
+) -> tuple[float, float]:
+    """Return the seconds from noise to pixels, and those of them that decoding takes."""
+    began = time.perf_counter()
+    *_, last = stitch(models["large"], models["small"], policy, noise, sigmas)
+    latents = jax.block_until_ready(last.latents)
+    sampled = time.perf_counter()
+    jax.block_until_ready(_decode(autoencoder, latents))
+    over = time.perf_counter()
+    return over - began, over - sampled
+
+
+def _steps_of(policy: Policy, steps: int) -> dict[str, int]:
+    """Return how many steps are predicted by the large model, by both and by the small one."""
+    counts = {"large": 0, "hybrid": 0, "small": 0}
+    for stage in policy.stages(steps):
+        counts[stage.kind] += stage.last - stage.first
+    return counts
+
+
+def _bytes(arrays: Any) -> int:
+    return sum(array.nbytes for array in jax.tree.leaves(arrays))
+
+
+def main() -> None:
+    """Take the options, measure, print the table."""
+    import tyro
+
+    speed = tyro.cli(Speed, prog="python -m train.configs.stitching_speed")
+    records = carry_out(speed)
+    print(table(records))
+    print(verdict(records, speed.target))
+
+
+if __name__ == "__main__":
+    main()
