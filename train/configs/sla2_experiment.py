@@ -107,11 +107,14 @@ def table(reports: list[sla2.Report]) -> str:
     """Return a Markdown table, one row for each method and sparsity.
 
     Losses are means over seeds, with the standard deviation between them where there are several.
+    "over full" is how much higher the loss is than that of full attention with the same seed.
     """
     lines = [
-        "| method | kept | seeds | error of attention | loss before | validation | held out |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| method | kept | seeds | error of attention | loss before | validation | over full "
+        "| held out | over full |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
+    full = {report["seed"]: report["finished"] for report in reports if report["method"] == "full"}
     order = list(METHODS)
     groups: dict[tuple[int, float], list[sla2.Report]] = {}
     for report in reports:
@@ -125,18 +128,24 @@ def table(reports: list[sla2.Report]) -> str:
             str(len(group)),
             _spread([values[-1] for values in errors]) if all(errors) else "",
             _spread([report["at_start"]["validation"] for report in group]),
-            *(
-                _spread([report["finished"][split] for report in group])
-                for split in ("validation", "held_out")
-            ),
         ]
+        for split in ("validation", "held_out"):
+            cells.append(_spread([report["finished"][split] for report in group]))
+            excess = [
+                100 * (report["finished"][split] / full[report["seed"]][split] - 1)
+                for report in group
+                if report["seed"] in full and report["method"] != "full"
+            ]
+            cells.append(_spread(excess, "{:+.2f}", " %") if excess else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def _spread(values: list[float]) -> str:
-    mean = f"{np.mean(values):.5f}"
-    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.5f}"
+def _spread(values: list[float], form: str = "{:.5f}", unit: str = "") -> str:
+    mean = form.format(np.mean(values))
+    if len(values) > 1:
+        mean += f" ± {form.format(np.std(values, ddof=1)).lstrip('+')}"
+    return mean + unit
 
 
 def main() -> None:
