@@ -18,7 +18,6 @@ import jax
 import numpy as np
 
 from jaxgen.checkpoints import write_atomically
-from jaxgen.models.mmdit_operations import mmdit_operations
 from jaxgen.pictures import image_grid
 from jaxgen.pipelines import StitchedTextToImage, TextToImage
 from jaxgen.sampling import (
@@ -27,8 +26,6 @@ from jaxgen.sampling import (
     Policy,
     SRDiffusion,
     TStitch,
-    active_count,
-    relative_cost,
 )
 from train import openmoji
 from train.evaluate import check_classes, choose_rows
@@ -154,7 +151,7 @@ def compare(
             "policy": dataclasses.asdict(policy),
             "seconds_a_picture": seconds,
             "speed_up": records[0]["seconds_a_picture"] / seconds if records else 1.0,
-            "speed_up_in_operations": 1 / cost_of(pair, policy, config.steps),
+            "speed_up_in_operations": 1 / pair.cost(policy, config.steps),
             "distance": float(distances.mean()),
             "distance_interval": bootstrap_interval(distances),
             "psnr": float(peak_signal_to_noise(pictures, wanted).mean()),
@@ -172,19 +169,6 @@ def perceptual_distance(features: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """Return the distance of the classifier's features, as a share of their length."""
     length = np.linalg.norm(wanted, axis=1)
     return np.linalg.norm(features - wanted, axis=1) / np.maximum(length, 1e-9)
-
-
-def cost_of(pair: StitchedTextToImage, policy: Policy, steps: int) -> float:
-    """Return the operations of a run as a share of the large model's alone."""
-    large, small = (model.transformer.config for model in (pair.large, pair.small))
-    text = pair.large.text_encoder.config.max_tokens
-    patches = [(config.sample_size // config.patch_size) ** 2 for config in (large, small)]
-    whole = mmdit_operations(large, patches[0], text)
-    masked = 0.0
-    if isinstance(policy, HybridStitch):
-        active = active_count(patches[0], policy.share, policy.multiple)
-        masked = mmdit_operations(large, patches[0], text, active) / whole
-    return relative_cost(policy, steps, mmdit_operations(small, patches[1], text) / whole, masked)
 
 
 def plot(records: Sequence[Record], path: Path) -> None:

@@ -10,6 +10,8 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, UInt8
 
+from jaxgen.models import MMDiTConfig
+from jaxgen.models.mmdit_operations import mmdit_operations
 from jaxgen.pipelines.arguments import (
     as_captions,
     as_patch_scores,
@@ -18,7 +20,15 @@ from jaxgen.pipelines.arguments import (
 )
 from jaxgen.pipelines.noise import draw_normal
 from jaxgen.pipelines.text_to_image import TextToImage, encode_captions, to_pixels
-from jaxgen.sampling import Guided, HybridStitch, Policy, Stage, stitch
+from jaxgen.sampling import (
+    Guided,
+    HybridStitch,
+    Policy,
+    Stage,
+    active_count,
+    relative_cost,
+    stitch,
+)
 
 
 class Preview(NamedTuple):
@@ -59,6 +69,20 @@ class StitchedTextToImage:
                 f"large and small must have one schedule, got {large.schedule} and {small.schedule}"
             )
         self.large, self.small = large, small
+
+    def cost(self, policy: Policy, steps: int = 50) -> float:
+        """Return the operations of a run as a share of the large model's alone."""
+        configs = [model.transformer.config for model in (self.large, self.small)]
+        rows = (config.sample_size // config.patch_size for config in configs)
+        large, small = (side**2 for side in rows)
+        return stitched_cost(
+            policy,
+            steps,
+            large=configs[0],
+            small=configs[1],
+            patches=(large, small),
+            text_tokens=self.large.text_encoder.config.max_tokens,
+        )
 
     def __call__(
         self,
@@ -150,6 +174,34 @@ class StitchedTextToImage:
                 np.asarray(_to_pixels(progress.latents)),
                 None if mask is None else np.asarray(mask).reshape(-1, side, side),
             )
+
+
+def stitched_cost(
+    policy: Policy,
+    steps: int,
+    *,
+    large: MMDiTConfig,
+    small: MMDiTConfig,
+    patches: tuple[int, int],
+    text_tokens: int,
+) -> float:
+    """Return the operations of all steps as a share of the large model's alone.
+
+    Args:
+        policy: Who predicts which step; of an adaptive `SRDiffusion` the latest switch counts.
+        steps: Number of steps.
+        large: The large model.
+        small: The small one.
+        patches: Of a picture, in the large and in the small model.
+        text_tokens: Of a caption.
+    """
+    whole = mmdit_operations(large, patches[0], text_tokens)
+    masked = 0.0
+    if isinstance(policy, HybridStitch):
+        active = active_count(patches[0], policy.share, policy.multiple)
+        masked = mmdit_operations(large, patches[0], text_tokens, active) / whole
+    other = mmdit_operations(small, patches[1], text_tokens) / whole
+    return relative_cost(policy, steps, other, masked)
 
 
 def _guided(model: TextToImage, captions: list[str], scale: Float[Array, ""]) -> Guided:

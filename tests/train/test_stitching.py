@@ -20,7 +20,7 @@ from train.scores import (
     peak_signal_to_noise,
     structural_similarity,
 )
-from train.stitching import Config, compare, cost_of, describe, draw, perceptual_distance, table
+from train.stitching import Config, compare, describe, draw, perceptual_distance, table
 
 LARGE = MMDiTConfig(
     sample_size=16, in_channels=3, num_layers=2, num_heads=2, head_dim=8, joint_attention_dim=12,
@@ -113,10 +113,10 @@ def test_batches_of_any_size_draw_the_same(pair, emojis):
 
 
 def test_costs_count_both_models(pair):
-    costs = [cost_of(pair, policy, 50) for policy in (Alone(), SRDiffusion(0.5), Alone("small"))]
+    costs = [pair.cost(policy, 50) for policy in (Alone(), SRDiffusion(0.5), Alone("small"))]
     assert costs[0] == 1
     assert costs[1] == pytest.approx((1 + costs[2]) / 2)
-    hybrid = cost_of(pair, HybridStitch(0.2, 0.6, 1e-9 + 0.5), 50)
+    hybrid = pair.cost(HybridStitch(0.2, 0.6, 1e-9 + 0.5), 50)
     assert costs[2] < hybrid < 1
 
 

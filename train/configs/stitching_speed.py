@@ -30,7 +30,7 @@ from jax.typing import DTypeLike
 from jaxgen.checkpoints import write_atomically
 from jaxgen.layers import AttentionName
 from jaxgen.models import AUTOENCODER_PRESETS, MMDIT_PRESETS, Autoencoder, MMDiT, MMDiTConfig
-from jaxgen.models.mmdit_operations import mmdit_operations
+from jaxgen.pipelines import stitched_cost
 from jaxgen.pipelines.text_to_image import to_pixels
 from jaxgen.sampling import (
     Alone,
@@ -41,8 +41,6 @@ from jaxgen.sampling import (
     Policy,
     SRDiffusion,
     TStitch,
-    active_count,
-    relative_cost,
     stitch,
 )
 from train.stitching import METHODS, describe
@@ -228,14 +226,14 @@ def measure(speed: Speed) -> Iterator[Record]:
 
 def cost_of(speed: Speed, policy: Policy) -> float:
     """Return the operations of all steps as a share of the large model's alone."""
-    large, small = speed.config("large"), speed.config("small")
-    whole = mmdit_operations(large, speed.patches, speed.text_tokens)
-    masked = 0.0
-    if isinstance(policy, HybridStitch):
-        active = active_count(speed.patches, policy.share, policy.multiple)
-        masked = mmdit_operations(large, speed.patches, speed.text_tokens, active) / whole
-    other = mmdit_operations(small, speed.patches, speed.text_tokens) / whole
-    return relative_cost(policy, speed.steps, other, masked)
+    return stitched_cost(
+        policy,
+        speed.steps,
+        large=speed.config("large"),
+        small=speed.config("small"),
+        patches=(speed.patches, speed.patches),
+        text_tokens=speed.text_tokens,
+    )
 
 
 def with_random_weights[Module: nnx.Module](make: Callable[..., Module]) -> Module:
