@@ -260,7 +260,7 @@ class StableDiffusion3:
             yield Preview(
                 progress.step,
                 progress.stage,
-                np.asarray(self.decode(progress.latents, tiled=tiled)),
+                np.asarray(self.decode(progress.estimate, tiled=tiled)),
                 None if mask is None else np.asarray(mask).reshape(count, *grid),
             )
 

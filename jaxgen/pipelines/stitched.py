@@ -37,7 +37,8 @@ class Preview(NamedTuple):
     Attributes:
         step: Steps done.
         stage: Who predicted the last one.
-        pictures: What there is after it, uint8 (batch, height, width, 3).
+        pictures: As the last prediction expects them to become, without noise, uint8 (batch,
+            height, width, 3); after the last step the result.
         mask: Patches that the large model goes on with, bool (batch, rows, columns), in the hybrid
             stage.
     """
@@ -171,7 +172,7 @@ class StitchedTextToImage:
             yield Preview(
                 progress.step,
                 progress.stage,
-                np.asarray(_to_pixels(progress.latents)),
+                np.asarray(_to_pixels(progress.estimate)),
                 None if mask is None else np.asarray(mask).reshape(-1, side, side),
             )
 

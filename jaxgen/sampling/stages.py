@@ -67,12 +67,15 @@ class Progress(NamedTuple):
         step: Steps done.
         stage: The stage that they ended in.
         latents: After them, float32.
+        estimate: Of the clean latents, by the last prediction: a preview that is not noisy. After
+            the last step it is the same as `latents` if the last noise level is 0.
         mask: Patches that the large model goes on with, bool (batch, patches), in the hybrid stage.
     """
 
     step: int
     stage: Stage
     latents: Latents
+    estimate: Latents
     mask: Bool[Array, "batch patches"] | None
 
 
@@ -118,7 +121,7 @@ def stitch(
             state, done = sketch(models["large"], state, sigmas, *_bounds(policy, steps))
             stage = Stage("large", stage.first, int(done))
             stages = [Stage("small", stage.last, steps)] if stage.last < steps else []
-            yield Progress(stage.last, stage, state.latents, None)
+            yield Progress(stage.last, stage, state.latents, state.estimate, None)
         else:
             for first, last in _chunks(stage, every, alone=remembers):
                 bounds = jnp.int32(first), jnp.int32(last)
@@ -149,7 +152,7 @@ def stitch(
                 if memory is not None and stage.kind == "hybrid":
                     mask = as_mask(memory.rows, memory.cache[0].joint.key.shape[1])
                 if every or last == stage.last:
-                    yield Progress(last, stage, state.latents, mask)
+                    yield Progress(last, stage, state.latents, state.estimate, mask)
         left = {kind for later in stages for kind in _needed(later)}
         for name in ("large", "small"):
             if name not in left and models.pop(name, None) is not None and release:

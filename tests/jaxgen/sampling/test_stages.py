@@ -308,6 +308,20 @@ def test_nothing_is_compiled_for_other_noise_guidance_text_and_boundaries():
     assert stages.mix._cache_size() == count[2] + 1
 
 
+@pytest.mark.parametrize("policy", [HybridStitch(2, 6), TStitch(0.5), SRDiffusion(3)])
+def test_the_estimate_is_where_the_last_prediction_points(policy):
+    """It and the latents before a step are on one line with those after it."""
+    before = noise()
+    for progress in stitch(*pair(), policy, before, SIGMAS, every=1):
+        this, following = SIGMAS[progress.step - 1], SIGMAS[progress.step]
+        velocity = (before - progress.estimate) / this
+        after = before + (following - this) * velocity
+        np.testing.assert_allclose(after, progress.latents, atol=2e-5)
+        assert np.abs(velocity).mean() > 0.1
+        before = progress.latents
+    np.testing.assert_array_equal(progress.estimate, progress.latents)
+
+
 @pytest.mark.parametrize(
     ("policy", "order"),
     [
