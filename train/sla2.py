@@ -96,8 +96,8 @@ def train(
 
     first, arrays, errors = None, replaced.arrays, {}
     if replaced.mixing or replaced.projections:
-        batch = _first_clips(clips["train"], tokenizer, config.router_batch_size)
-        check = _first_clips(clips["validation"], tokenizer, config.router_batch_size)
+        batch = first_clips(clips["train"], tokenizer, config.router_batch_size)
+        check = first_clips(clips["validation"], tokenizer, config.router_batch_size)
         measure = lambda arrays: attention_errors(config, replaced, arrays, check)
         errors = {"new": measure(arrays)}
         if METHODS[config.method].trains_mixing:
@@ -237,7 +237,8 @@ def _stream(config: Config, clips: Mapping[str, Clips], tokenizer: WordTokenizer
     )
 
 
-def _first_clips(clips: Clips, tokenizer: WordTokenizer, count: int) -> Batch:
+def first_clips(clips: Clips, tokenizer: WordTokenizer, count: int) -> Batch:
+    """Return the first so many clips and the ids of their captions."""
     videos, captions = render(clips, range(min(count, len(clips))))
     return {"video": videos, "tokens": tokenizer.encode(captions)}
 

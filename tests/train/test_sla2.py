@@ -17,7 +17,8 @@ from jaxgen.sampling import LogitNormal
 from tests.train.video_fixtures import CLIPS, FRAMES, SIZE, TOKENIZER
 from train import sla2, text_to_video_parts
 from train.clips import ClipBatches
-from train.configs import sla2_experiment
+from train.configs import sla2_blocks, sla2_experiment
+from train.configs.sla2_blocks import Blocks
 from train.configs.sla2_experiment import Experiment, table
 from train.run import Finished
 from train.run_folder import ConfigChangedError
@@ -310,6 +311,34 @@ def test_the_experiment_skips_what_is_done_and_prints_a_table(pretrained, tmp_pa
     limited = dataclasses.replace(experiment, seeds=(2,), time_limit=0.0)
     assert len(sla2_experiment.carry_out(limited)) == 6
     assert len(done) == 7
+
+
+def test_sizes_of_blocks_are_compared(pretrained, tmp_path):
+    blocks = Blocks(
+        config(pretrained, tmp_path), ("16x8:1,1,1", "8x4:2,2,2"), kept_fractions=(0.25, 0.9)
+    )
+    records = sla2_blocks.measure(blocks, clips=CLIPS)
+    sizes = [(record["block_q"], record["block_k"], record["kept_fraction"]) for record in records]
+    assert sizes[1:] == [(16, 8, 0.25), (16, 8, 0.9), (8, 4, 0.25), (8, 4, 0.9)]
+    cubes = [record["token_cube"] for record in records[1:]]
+    assert cubes == [(1, 1, 1), (1, 1, 1), (2, 2, 2), (2, 2, 2)]
+    assert records[0]["error"] == 0
+    assert 0 < records[2]["error"] < records[1]["error"] < 1
+    assert 0 < records[4]["error"] < records[3]["error"] < 1
+    changes = [abs(record["loss"] - records[0]["loss"]) for record in records]
+    assert 0 < changes[2] < changes[1]
+    shown = [
+        {"block_q": 32, "block_k": 16, "token_cube": (4, 2, 2), "kept_fraction": 0.05,
+         "error": 0.125, "loss": loss}
+        for loss in (0.5, 0.6)
+    ]  # fmt: skip
+    assert sla2_blocks.table(shown).splitlines()[2:] == [
+        "| full attention |  |  |  | 0.5000 |  |",
+        "| 32 x 16 | 4 x 2 x 2 | 5% | 0.125 | 0.6000 | +20 % |",
+    ]
+    for wrong in ("32", "32x16", "32x16:2,2", "ax16:1,1,1"):
+        with pytest.raises(ValueError, match=f'like "32x16:4,2,2", got {wrong!r}'):
+            Blocks(config(pretrained, tmp_path), (wrong,))
 
 
 def test_command_lines(pretrained, monkeypatch, capsys):
