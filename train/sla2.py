@@ -35,6 +35,7 @@ from train.text_to_video_config import Config as VideoConfig
 from train.text_to_video_parts import (
     Validation,
     choose_captions,
+    clips_of,
     draw_clips,
     load_export,
     make_loss,
@@ -44,8 +45,6 @@ from train.text_to_video_parts import (
 )
 
 type Report = dict[str, Any]
-
-_OF_CLIPS = ("frames", "size", "figures")
 
 
 def train(
@@ -76,10 +75,10 @@ def train(
     mesh_of(config)
     report_path = config.output / "report.json"
     teacher, tokenizer, card = load_export(config.pretrained, precision=config.precision)
-    trained_as = card["config"]
-    shape = trained_as["frames"], trained_as["size"], trained_as["size"]
+    of_clips = clips_of(card)
+    shape = of_clips["frames"], of_clips["size"], of_clips["size"]
     if clips is None:
-        clips = open_clips(VideoConfig(**{name: trained_as[name] for name in _OF_CLIPS}))
+        clips = open_clips(VideoConfig(**of_clips))
     replaced = replace_attention(config, teacher, shape)
     validation = Validation(
         {split: clips[split] for split in ("validation", "held_out")},
@@ -124,7 +123,7 @@ def train(
         "method": config.method,
         "kept_fraction": config.kept_fraction,
         "seed": config.seed,
-        "config": run_folder.to_json(config) | {name: trained_as[name] for name in _OF_CLIPS},
+        "config": run_folder.to_json(config) | of_clips,
         "pretrained": {name: card[name] for name in ("name", "steps", "validation")},
         "attention_error": _means(errors),
         "attention_error_by_block": errors,

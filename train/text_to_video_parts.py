@@ -49,6 +49,11 @@ def open_clips(config: Config) -> dict[str, Clips]:
     return {split: MovingEmoji(split=split, **options) for split in SPLITS}
 
 
+def clips_of(card: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of the clips that a model was trained on: frames, size and figures."""
+    return {name: card["config"][name] for name in ("frames", "size", "figures")}
+
+
 def make_tokenizer() -> WordTokenizer:
     """Return the tokenizer of the captions' grammar, the same whatever the figures."""
     from train.moving_emoji_scenes import VOCABULARY

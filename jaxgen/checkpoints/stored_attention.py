@@ -60,7 +60,7 @@ def stored_attention(
             f"{kind.__name__} ({', '.join(sorted(kind.PARAMETERS))})" for kind in _KINDS
         )
         raise ValueError(
-            f"{where} has the parameters {', '.join(sorted(parameters)) or 'of none'}; "
+            f"{where} has the parameters {', '.join(sorted(parameters)) or '(none)'}; "
             f"it must be {known}"
         )
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from jaxgen.layers.sparse_linear_attention import (
     ALL_SPARSE,
     Settings,
+    check_fraction,
     check_sizes,
     choose_blocks,
 )
@@ -63,7 +64,7 @@ class SLA1Attention(nnx.Module):
         rngs: not used.
 
     Raises:
-        ValueError: another feature map, or a size below 1.
+        ValueError: another feature map, a size below 1, or `kept_fraction` out of range.
     """
 
     PARAMETERS: ClassVar[frozenset[str]] = frozenset({"proj_l.weight", "proj_l.bias", "settings"})
@@ -83,6 +84,7 @@ class SLA1Attention(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ):
         check_sizes(head_dim=head_dim, block_q=block_q, block_k=block_k)
+        check_fraction(kept_fraction)
         maps = get_args(FeatureMap)
         if feature_map not in maps:
             raise ValueError(f"feature_map must be one of {', '.join(maps)}, got {feature_map!r}")
@@ -100,24 +102,15 @@ class SLA1Attention(nnx.Module):
         )
 
     @classmethod
-    def of_parameters(cls, shapes: Mapping[str, Any], settings: ArrayLike, **options: Any) -> Self:
-        """Makes a module that parameters from a file fit into.
-
-        Args:
-            shapes: what has the shapes of the parameters, by name.
-            settings: the array `settings` of the file.
-            **options: of the constructor, such as `quantize`, that a file does not tell.
-
-        Raises:
-            ValueError: settings out of range.
-        """
+    def of_parameters(cls, shapes: Mapping[str, Any], settings: ArrayLike) -> Self:
+        """Makes a module for parameters from a file, as `SparseLinearAttention.of_parameters`."""
         found, maps = Settings.read(_SETTINGS, settings), get_args(FeatureMap)
         number = found.pop("feature_map")
         if not 0 <= number < len(maps):
             raise ValueError(f"feature_map must be from 0 to {len(maps) - 1}, got {number}")
         found["complement"] = bool(found["complement"])
         head_dim = shapes["proj_l.bias"].shape[-1]
-        return cls(head_dim, feature_map=maps[number], **found, **options)
+        return cls(head_dim, feature_map=maps[number], **found)
 
     def __call__(
         self,

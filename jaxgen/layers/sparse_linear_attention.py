@@ -127,7 +127,7 @@ class SparseLinearAttention(nnx.Module):
         rngs: not used; accepted so that all layers are made alike.
 
     Raises:
-        ValueError: a size below 1, or `query_tokens` missing.
+        ValueError: a size below 1, `kept_fraction` out of range, or `query_tokens` missing.
     """
 
     PARAMETERS: ClassVar[frozenset[str]] = frozenset(
@@ -156,10 +156,7 @@ class SparseLinearAttention(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ):
         check_sizes(num_heads=num_heads, head_dim=head_dim, block_q=block_q, block_k=block_k)
-        if not 0 < kept_fraction <= 1:
-            raise ValueError(
-                f"kept_fraction must be more than 0 and at most 1, got {kept_fraction}"
-            )
+        check_fraction(kept_fraction)
         if not per_head_ratio:
             if query_tokens is None:
                 raise ValueError("query_tokens may be None with per_head_ratio only")
@@ -181,13 +178,12 @@ class SparseLinearAttention(nnx.Module):
         self.settings = self._record()
 
     @classmethod
-    def of_parameters(cls, shapes: Mapping[str, Any], settings: ArrayLike, **options: Any) -> Self:
-        """Makes a module that parameters from a file fit into.
+    def of_parameters(cls, shapes: Mapping[str, Any], settings: ArrayLike) -> Self:
+        """Makes a module that parameters from a file fit into; what no file tells is the default.
 
         Args:
             shapes: what has the shapes of the parameters, by name.
             settings: the array `settings` of the file.
-            **options: of the constructor, such as `quantize`, that a file does not tell.
 
         Raises:
             ValueError: settings out of range, or shapes that belong together in no module.
@@ -208,7 +204,6 @@ class SparseLinearAttention(nnx.Module):
             per_head_ratio=len(logits) == 1,
             per_head_routers=len(router) == 3,
             **found,
-            **options,
         )
 
     def _record(self) -> Settings:
@@ -341,6 +336,12 @@ def check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
+
+
+def check_fraction(kept_fraction: float) -> None:
+    """Refuses shares that keep no block, or more than there are."""
+    if not 0 < kept_fraction <= 1:
+        raise ValueError(f"kept_fraction must be more than 0 and at most 1, got {kept_fraction}")
 
 
 def _shown(name: str, number: int) -> float:

@@ -255,8 +255,8 @@ def _transpose(blocks: Blocks, routing: Routing) -> tuple[jax.Array, jax.Array, 
 def _sum_rest(subscripts, mask, groups):
     """Sums matrices (…, dim, dim) over the blocks that are not chosen, in groups of heads.
 
-    GPUs accumulate in float32 and round once, also where the result is asked for in 16 bits; asked
-    for in float32 and rounded afterwards it would lie in memory in both.
+    Tensor cores accumulate in float32 all the same; a result asked for in float32 and rounded
+    afterwards would lie in memory in both.
     """
     results, first = [], 0
     for x in groups:

@@ -207,8 +207,8 @@ class _Portion(NamedTuple):
         blocks, most = options.blocks, options.entries_at_once
         linear = (blocks.query_blocks + blocks.key_blocks) * head_dim**2
         row = keys * (blocks.block_q + 2 * head_dim)
-        rows = max(1, min(blocks.query_blocks, (most - linear) // row))
-        return cls(max(1, most // (linear + rows * row)), rows)
+        rows = max(1, min(blocks.query_blocks, most // row))
+        return cls(max(1, most // max(linear, rows * row)), rows)
 
 
 def _heads(blocks: Blocks, query, key, value, alpha, routing) -> _Head:

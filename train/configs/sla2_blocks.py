@@ -24,7 +24,7 @@ from train.sla2 import first_clips
 from train.sla2_config import Config
 from train.sla2_parts import attention_errors, calibrated, replace_attention
 from train.text_to_video_config import Config as VideoConfig
-from train.text_to_video_parts import Validation, load_export, open_clips
+from train.text_to_video_parts import Validation, clips_of, load_export, open_clips
 
 type Record = dict[str, Any]
 
@@ -95,10 +95,9 @@ def measure(blocks: Blocks, *, clips: Any = None) -> list[Record]:
     """
     each = blocks.each
     teacher, tokenizer, card = load_export(each.pretrained, precision=each.precision)
-    trained_as = card["config"]
-    shape = trained_as["frames"], trained_as["size"], trained_as["size"]
+    of_clips = clips_of(card)
+    shape = of_clips["frames"], of_clips["size"], of_clips["size"]
     if clips is None:
-        of_clips = {name: trained_as[name] for name in ("frames", "size", "figures")}
         clips = open_clips(VideoConfig(**of_clips))
     validation = Validation(
         {"loss": clips["validation"]},

@@ -382,8 +382,8 @@ def test_portions_of_any_size_give_the_same(selection):
         fewer = reference.Options(blocks, 1.0, entries_at_once=entries)
         return reference._Portion.of(fewer, attended, 16)
 
-    linear, row = 16 * 256, attended * 48
-    one, some, all_rows, heads = 1, linear + 4 * row, linear + 6 * row, 3 * (linear + 6 * row)
+    row = attended * 48  # six of them are more than what the linear branch holds
+    one, some, all_rows, heads = 1, 4 * row, 6 * row, 3 * 6 * row
     assert [portion(x) for x in (one, some, all_rows, heads)] == [(1, 1), (1, 4), (1, 6), (3, 6)]
     wanted = run(one)
     for entries in (some, all_rows, heads):
