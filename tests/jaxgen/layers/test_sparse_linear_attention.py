@@ -249,6 +249,14 @@ def test_released_projections_come_in_and_go_out():
         (lambda: SparseLinearAttention(2, 8, None), "may be None with per_head_ratio only"),
         (lambda: SLA1Attention(8, block_k=0), "block_k must be at least 1, got 0"),
         (
+            lambda: SLA1Attention(8, kept_fraction=0.0),
+            "kept_fraction must be more than 0 and at most 1, got 0.0",
+        ),
+        (
+            lambda: SparseLinearAttention(2, 8, 16, kept_fraction=1.5),
+            "kept_fraction must be more than 0 and at most 1, got 1.5",
+        ),
+        (
             lambda: SLA1Attention(8, feature_map="hedgehog"),
             "feature_map must be one of softmax, elu, relu, got 'hedgehog'",
         ),
