@@ -1,5 +1,6 @@
 """Strict settings for every test: four fake devices, no implicit promotion, warnings are errors."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -23,3 +24,14 @@ def pytest_configure(config):
         jax.config.update("jax_num_cpu_devices", 4)
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Forget compiled programs after each file.
+
+    XLA maps memory for every one. Linux allows a process 65,530 mappings, of which a worker that
+    keeps all programs of this suite uses more than 60,000; beyond them XLA crashes.
+    """
+    if nextitem is None or nextitem.path != item.path:
+        jax.clear_caches()
+        gc.collect()
