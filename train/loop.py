@@ -191,8 +191,8 @@ def _summary(row: Row) -> dict[str, str]:
     shown = {}
     if row["loss"] is not None:
         shown["loss"] = f"{row['loss']:.4f}"
-    if row["images_per_second"] is not None:
-        shown["images/s"] = f"{row['images_per_second']:.0f}"
+    if row["examples_per_second"] is not None:
+        shown["examples/s"] = f"{row['examples_per_second']:.0f}"
     if row["skipped"]:
         shown["skipped"] = str(row["skipped"])
     return shown

@@ -113,7 +113,7 @@ class Meter:
             row[name] = _finite_mean([metrics[name] for metrics in self._steps])
         elapsed = now - self._clock
         speed = self._timed_steps * self._batch_size / elapsed if elapsed > 0 else 0.0
-        row["images_per_second"] = speed if self._timed_steps else None
+        row["examples_per_second"] = speed if self._timed_steps else None
         self._steps, self._clock, self._timed_steps = [], now, 0
         return row
 

@@ -254,7 +254,7 @@ def _summary(stage: Finished | None) -> Report | None:
     """Return what is worth keeping of a stage."""
     if stage is None:
         return None
-    speeds = [row["images_per_second"] for row in stage.rows if row["images_per_second"]]
+    speeds = [row["examples_per_second"] for row in stage.rows if row["examples_per_second"]]
     return {
         "steps": stage.step,
         "seconds": round(stage.seconds, 1),

@@ -7,6 +7,10 @@ from jaxgen.layers.attention import KeyValues as KeyValues
 from jaxgen.layers.attention import SelfAttention as SelfAttention
 from jaxgen.layers.attention import attention_function as attention_function
 from jaxgen.layers.attention import exact_attention as exact_attention
+from jaxgen.layers.block_diffusion_attention import (
+    block_diffusion_attention as block_diffusion_attention,
+)
+from jaxgen.layers.block_diffusion_attention import block_diffusion_mask as block_diffusion_mask
 from jaxgen.layers.embeddings import PatchEmbedding as PatchEmbedding
 from jaxgen.layers.embeddings import PositionTable as PositionTable
 from jaxgen.layers.embeddings import TimestepTextEmbedding as TimestepTextEmbedding
@@ -27,6 +31,8 @@ from jaxgen.layers.norms import RMSNorm as RMSNorm
 from jaxgen.layers.norms import layer_norm as layer_norm
 from jaxgen.layers.rotary import Rotary as Rotary
 from jaxgen.layers.rotary import rotate as rotate
+from jaxgen.layers.rotary import rotate_halves as rotate_halves
+from jaxgen.layers.rotary import text_rotary as text_rotary
 from jaxgen.layers.rotary import video_axis_dims as video_axis_dims
 from jaxgen.layers.rotary import video_rotary as video_rotary
 from jaxgen.layers.scan import scan_blocks as scan_blocks

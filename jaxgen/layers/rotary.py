@@ -1,23 +1,24 @@
-"""Rotary position embedding of video tokens: frame, row and column turn parts of each head.
+"""Rotary position embedding: positions turn the channels of each head.
 
 Su et al. 2021, arXiv:2104.09864, equation 15: a pair of channels is a point in the plane, turned by
 an angle proportional to the position, so that the product of a query and a key depends on the
 difference of their positions. In Wan (arXiv:2503.20314) each of the three axes of a video owns a
-part of the pairs.
+part of the pairs, which are neighbors (`rotate`); in Llama and Qwen (arXiv:2302.13971) a channel of
+the first half of a head and one of the second are a pair (`rotate_halves`).
 """
 
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 
 class Rotary(NamedTuple):
     """Cosine and sine of the angle by which each pair of channels of a token is turned."""
 
-    cos: Float[Array, "tokens half_head_dim"]
-    sin: Float[Array, "tokens half_head_dim"]
+    cos: Float[Array, "*batch tokens half_head_dim"]
+    sin: Float[Array, "*batch tokens half_head_dim"]
 
 
 def video_axis_dims(head_dim: int) -> tuple[int, int, int]:
@@ -98,3 +99,46 @@ def rotate(
     cos, sin = rotary.cos[None, :, None, :], rotary.sin[None, :, None, :]
     turned = jnp.stack([first * cos - second * sin, first * sin + second * cos], axis=-1)
     return turned.reshape(x.shape).astype(x.dtype)
+
+
+def text_rotary(
+    positions: Int[Array, "batch tokens"], head_dim: int, *, max_period: float = 10_000.0
+) -> Rotary:
+    """Returns the rotation of tokens in a line.
+
+    Pair i turns by position*max_period**(-2i/head_dim).
+
+    Args:
+        positions: of each token, from 0.
+        head_dim: channels of a head.
+        max_period: the base of the angles ("theta").
+
+    Returns:
+        Float32 arrays (batch, tokens, head_dim/2).
+
+    Raises:
+        ValueError: `head_dim` is odd.
+    """
+    if head_dim < 2 or head_dim % 2:
+        raise ValueError(f"head_dim must be a positive even number, got {head_dim}")
+    frequencies = max_period ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    angles = positions.astype(jnp.float32)[..., None] * frequencies.astype(np.float32)[None, None]
+    return Rotary(jnp.cos(angles), jnp.sin(angles))
+
+
+def rotate_halves(
+    x: Float[Array, "batch tokens heads head_dim"], rotary: Rotary
+) -> Float[Array, "batch tokens heads head_dim"]:
+    """Turns each pair of channels (i, i + head_dim/2) of queries or keys.
+
+    Args:
+        x: values of any float dtype.
+        rotary: the angles of each row and token, or of one row for all, as `text_rotary` makes.
+
+    Returns:
+        The turned values, computed in float32, in the dtype of `x`.
+    """
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = rotary.cos[:, :, None, :], rotary.sin[:, :, None, :]
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)

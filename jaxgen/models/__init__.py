@@ -11,6 +11,9 @@ from jaxgen.models.clip_text import CLIP_TEXT_PRESETS as CLIP_TEXT_PRESETS
 from jaxgen.models.clip_text import CLIPText as CLIPText
 from jaxgen.models.clip_text import CLIPTextConfig as CLIPTextConfig
 from jaxgen.models.clip_text import CLIPTextOutput as CLIPTextOutput
+from jaxgen.models.diffusion_lm import DIFFUSION_LM_PRESETS as DIFFUSION_LM_PRESETS
+from jaxgen.models.diffusion_lm import DiffusionLM as DiffusionLM
+from jaxgen.models.diffusion_lm import DiffusionLMConfig as DiffusionLMConfig
 from jaxgen.models.mmdit import MMDIT_PRESETS as MMDIT_PRESETS
 from jaxgen.models.mmdit import MMDiT as MMDiT
 from jaxgen.models.mmdit import MMDiTBlock as MMDiTBlock

@@ -1,5 +1,13 @@
 """Noise schedules, guidance and samplers: small frozen parts that compose into one program."""
 
+from jaxgen.sampling.block_decoder import BlockDiffusion as BlockDiffusion
+from jaxgen.sampling.block_decoder import Caching as Caching
+from jaxgen.sampling.block_decoder import Sight as Sight
+from jaxgen.sampling.block_diffusion import Decoded as Decoded
+from jaxgen.sampling.block_diffusion import answers_of as answers_of
+from jaxgen.sampling.block_diffusion import decode as decode
+from jaxgen.sampling.block_diffusion import decode_steps as decode_steps
+from jaxgen.sampling.block_diffusion import left_aligned as left_aligned
 from jaxgen.sampling.euler import VelocityFunction as VelocityFunction
 from jaxgen.sampling.euler import euler_sample as euler_sample
 from jaxgen.sampling.flow_matching import LogitNormal as LogitNormal
@@ -10,7 +18,16 @@ from jaxgen.sampling.guidance import Conditioning as Conditioning
 from jaxgen.sampling.guidance import classifier_free_guidance as classifier_free_guidance
 from jaxgen.sampling.guided import Guided as Guided
 from jaxgen.sampling.guided import SkipLayers as SkipLayers
+from jaxgen.sampling.masked_diffusion import MaskedDiffusion as MaskedDiffusion
+from jaxgen.sampling.masked_diffusion import Noised as Noised
+from jaxgen.sampling.masked_diffusion import diffusion_lm_loss as diffusion_lm_loss
+from jaxgen.sampling.masked_diffusion import mask_tokens as mask_tokens
+from jaxgen.sampling.masked_diffusion import weighted_cross_entropy as weighted_cross_entropy
 from jaxgen.sampling.regions import active_count as active_count
+from jaxgen.sampling.residual_context import Residual as Residual
+from jaxgen.sampling.residual_context import ResidualContext as ResidualContext
+from jaxgen.sampling.residual_context import mix_residual as mix_residual
+from jaxgen.sampling.residual_context import no_residual as no_residual
 from jaxgen.sampling.schedules import FlowMatchingSchedule as FlowMatchingSchedule
 from jaxgen.sampling.schedules import shift_sigma as shift_sigma
 from jaxgen.sampling.stages import Progress as Progress
@@ -22,3 +39,5 @@ from jaxgen.sampling.stitching import SRDiffusion as SRDiffusion
 from jaxgen.sampling.stitching import Stage as Stage
 from jaxgen.sampling.stitching import TStitch as TStitch
 from jaxgen.sampling.stitching import relative_cost as relative_cost
+from jaxgen.sampling.unmasking import TokenChoice as TokenChoice
+from jaxgen.sampling.unmasking import Unmasking as Unmasking

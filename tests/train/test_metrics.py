@@ -74,13 +74,13 @@ def test_speed_counts_neither_compilation_nor_pauses(monkeypatch):
     now[0] = 100.0  # compiling
     row = meter.add(1, step_metrics())
     assert row is not None
-    assert row["images_per_second"] is None
+    assert row["examples_per_second"] is None
     with meter.paused():
         now[0] += 50.0
     now[0] += 2.0
     row = meter.add(2, step_metrics())
     assert row is not None
-    assert row["images_per_second"] == pytest.approx(10 / 2)
+    assert row["examples_per_second"] == pytest.approx(10 / 2)
 
 
 def test_final_loss_weighs_rows_by_their_steps():

@@ -109,7 +109,7 @@ def test_a_run_leaves_its_folder(straight):
     assert [row["step"] for row in lines] == list(range(1, STEPS + 1))
     assert lines[-1].keys() == {
         "step", "steps", "loss", "gradient_norm", "learning_rate", "skipped", "skipped_in_a_row",
-        "images_per_second",
+        "examples_per_second",
     }  # fmt: skip
     assert 0.5 < lines[0]["loss"] < 3
     assert lines[0]["learning_rate"] == pytest.approx(5e-4 / 3)

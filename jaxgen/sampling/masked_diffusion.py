@@ -1,0 +1,216 @@
+"""Losses of masked diffusion language models: LLaDA, BD3-LM, SDAR, and RCD on top of each.
+
+Tokens are masked at a random rate q, and the model predicts those that are. The cross entropy of a
+masked token counts 1/q, which makes the sum a bound of the likelihood (LLaDA, arXiv:2502.09992,
+equation 3). Models that see blocks get [noisy ; clean] (`jaxgen.layers.block_diffusion_attention`).
+
+With `residual`, inputs at masked positions are mixed with what a frozen reference model predicts
+there (RCD, arXiv:2601.22954, algorithm 1): one plain pass of that model, no unrolling.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Int32, PRNGKeyArray
+
+from jaxgen.layers import block_diffusion_attention
+from jaxgen.models.diffusion_lm import DiffusionLM
+from jaxgen.sampling.block_decoder import Sight
+from jaxgen.sampling.residual_context import Residual, ResidualContext, mix_residual
+
+Average = Literal["row", "token"]
+_LEAST_RATE = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedDiffusion:
+    """How a diffusion language model is trained.
+
+    Attributes:
+        sight: "bidirectional" (LLaDA) or "block_causal" (BD3-LM, SDAR).
+        block_length: tokens of a block, for "block_causal" and `rate_per_block`.
+        rate_per_block: each block has a rate of its own (BD3-LM); otherwise each row (SDAR, LLaDA).
+        average: "row" divides the loss of a row by its tokens, then averages over rows (LLaDA);
+            "token" divides that of all rows by all tokens (SDAR, BD3-LM). Tokens are those that
+            may be masked, masked or not.
+        residual: how a reference model's predictions are mixed in (RCD); None: they are not.
+        stop_vector: no gradient to the table of embeddings through the vector of the residual.
+            The paper's algorithm shows no such stop, which is the default.
+        chunk: positions whose logits are computed at a time.
+
+    Raises:
+        ValueError: a value out of range; the message names the field.
+    """
+
+    sight: Sight = "block_causal"
+    block_length: int = 32
+    rate_per_block: bool = False
+    average: Average = "token"
+    residual: ResidualContext | None = None
+    stop_vector: bool = False
+    chunk: int = 2048
+
+    def __post_init__(self):
+        for name, kind in {"sight": Sight, "average": Average}.items():
+            value, allowed = getattr(self, name), get_args(kind)
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        for name in ("block_length", "chunk"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive int, got {value!r}")
+
+
+class Noised(NamedTuple):
+    """Tokens of which some are masked.
+
+    Attributes:
+        tokens: the mask's id where a token is masked.
+        masked: True there.
+        rate: probability with which each token was masked, float32.
+    """
+
+    tokens: Int32[Array, "batch tokens"]
+    masked: Bool[Array, "batch tokens"]
+    rate: Float[Array, "batch tokens"]
+
+
+def mask_tokens(
+    key: PRNGKeyArray,
+    tokens: Int[Array, "batch tokens"],
+    maskable: Bool[Array, "batch tokens"],
+    mask_id: int,
+    *,
+    block_length: int | None = None,
+) -> Noised:
+    """Masks tokens at random rates, which are spread evenly over the batch.
+
+    A rate is uniform in [1e-3, 1]. Those of different rows (or blocks) are a random one plus equal
+    steps, modulo 1: each is uniform, and together they cover the range (BD3-LM, arXiv:2503.09573).
+
+    Args:
+        key: decides rates and masks.
+        tokens: ids.
+        maskable: False for tokens that stay, such as those of a prompt.
+        mask_id: the mask token.
+        block_length: each block of so many tokens has a rate of its own; None: each row.
+    """
+    rows, length = tokens.shape
+    blocks = 1 if block_length is None else -(-length // block_length)
+    shift_key, shuffle_key, mask_key = jax.random.split(key, 3)
+    count = rows * blocks
+    spread = (jax.random.uniform(shift_key) + jnp.arange(count) / count) % 1.0
+    uniform = jax.random.permutation(shuffle_key, spread).reshape(rows, blocks)
+    rate = _LEAST_RATE + (1.0 - _LEAST_RATE) * uniform
+    rate = jnp.repeat(rate, block_length or length, axis=1)[:, :length]
+    masked = maskable & (jax.random.uniform(mask_key, tokens.shape) < rate)
+    return Noised(jnp.where(masked, mask_id, tokens).astype(jnp.int32), masked, rate)
+
+
+def diffusion_lm_loss(
+    key: PRNGKeyArray,
+    model: DiffusionLM,
+    tokens: Int[Array, "batch tokens"],
+    maskable: Bool[Array, "batch tokens"],
+    training: MaskedDiffusion,
+    *,
+    reference: DiffusionLM | None = None,
+) -> Float[Array, ""]:
+    """Returns the loss of one batch, float32.
+
+    Args:
+        key: decides which tokens are masked.
+        model: the model that is trained.
+        tokens: ids; a prompt, an answer, and the ends of text that pad it.
+        maskable: True for the tokens to learn: the answer and, in LLaDA and SDAR, its padding.
+        training: how to train.
+        reference: the frozen model of RCD; it gets no gradient.
+
+    Raises:
+        ValueError: a reference without `training.residual` or the reverse.
+    """
+    if (reference is None) != (training.residual is None):
+        raise ValueError("RCD needs both training.residual and a reference model, got one of them")
+    mask_id, length = model.config.mask_id, tokens.shape[1]
+    block_length = training.block_length if training.rate_per_block else None
+    noised = mask_tokens(key, tokens, maskable, mask_id, block_length=block_length)
+    ids, options = noised.tokens, {}
+    if training.sight == "block_causal":
+        ids = jnp.concatenate([ids, tokens.astype(ids.dtype)], axis=1)
+        attend = functools.partial(block_diffusion_attention, block_length=training.block_length)
+        options = {"positions": jnp.tile(jnp.arange(length), 2)[None], "attend": attend}
+    inputs = ids
+    if training.residual is not None and reference is not None:
+        known = reference.hidden(ids, **options)[:, :length]
+        residual = _predicted(jax.lax.stop_gradient(known), model, reference, training)
+        inputs = model.embed(ids)
+        mixed = mix_residual(inputs[:, :length], noised.masked, residual)
+        inputs = inputs.at[:, :length].set(mixed)
+    hidden = model.hidden(inputs, **options)[:, :length]
+    weights = noised.masked.astype(jnp.float32) / noised.rate
+    learned = maskable.astype(jnp.float32)
+    if training.average == "row":
+        weights /= jnp.maximum(learned.sum(axis=1, keepdims=True), 1.0) * len(tokens)
+    else:
+        weights /= jnp.maximum(learned.sum(), 1.0)
+    return weighted_cross_entropy(model.logits, hidden, tokens, weights, chunk=training.chunk)
+
+
+def weighted_cross_entropy(
+    logits: Callable[[Array], Array],
+    hidden: Float[Array, "batch tokens width"],
+    targets: Int[Array, "batch tokens"],
+    weights: Float[Array, "batch tokens"],
+    *,
+    chunk: int = 2048,
+) -> Float[Array, ""]:
+    """Sums weighted cross entropies without the logits of all positions at a time.
+
+    Args:
+        logits: computes logits of some positions, (positions, width) to (positions, vocabulary).
+        hidden: what it takes.
+        targets: the right tokens.
+        weights: of each position.
+        chunk: positions at a time; their logits are computed again in the backward pass.
+    """
+
+    def part(hidden: Array, targets: Array, weights: Array) -> Array:
+        scores = logits(hidden).astype(jnp.float32)
+        right = jnp.take_along_axis(scores, targets[:, None], axis=-1)[:, 0]
+        return jnp.sum(weights * (jax.nn.logsumexp(scores, axis=-1) - right))
+
+    return jnp.sum(_over_chunks(part, chunk, hidden, targets, weights))
+
+
+def _predicted(
+    known: Array, model: DiffusionLM, reference: DiffusionLM, training: MaskedDiffusion
+) -> Residual:
+    """The residual of each position, from the reference's states before its head."""
+    settings, table = training.residual, model.input_table()
+    assert settings is not None
+    if training.stop_vector:
+        table = jax.lax.stop_gradient(table)
+
+    def part(known: Array) -> Residual:
+        logits = jax.lax.stop_gradient(reference.logits(known))
+        return settings.residual(logits, table, model.config.mask_id)
+
+    rows, length, _ = known.shape
+    residual = _over_chunks(part, training.chunk, known)
+    flat = lambda array: array.reshape(-1, *array.shape[2:])[: rows * length]
+    return jax.tree.map(lambda a: flat(a).reshape(rows, length, *a.shape[2:]), residual)
+
+
+def _over_chunks(function: Callable, chunk: int, *arrays: Array):
+    """Maps over chunks of all positions, the last one padded with zeros; results are stacked."""
+    flat = [array.reshape(-1, *array.shape[2:]) for array in arrays]
+    count = len(flat[0])
+    chunk = min(chunk, count)
+    missing = -count % chunk
+    padded = [jnp.pad(array, ((0, missing), *((0, 0),) * (array.ndim - 1))) for array in flat]
+    cut = [array.reshape(-1, chunk, *array.shape[1:]) for array in padded]
+    return jax.lax.map(lambda parts: jax.checkpoint(function)(*parts), tuple(cut))

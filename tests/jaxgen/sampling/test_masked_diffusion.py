@@ -1,0 +1,230 @@
+"""The losses of masked diffusion language models, against sums written out in NumPy."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxgen.layers import block_diffusion_mask
+from jaxgen.models import DiffusionLM, DiffusionLMConfig
+from jaxgen.sampling import (
+    MaskedDiffusion,
+    ResidualContext,
+    diffusion_lm_loss,
+    mask_tokens,
+    weighted_cross_entropy,
+)
+
+MASK = 12
+CONFIG = DiffusionLMConfig(
+    num_layers=1,
+    width=16,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    ffn_dim=16,
+    vocabulary_size=13,
+    mask_id=MASK,
+    qk_norm=True,
+)
+TOKENS = jax.random.randint(jax.random.key(0), (3, 10), 0, MASK)
+MASKABLE = jnp.arange(10)[None] >= jnp.array([4, 0, 7])[:, None]
+KEY = jax.random.key(5)
+
+
+@pytest.fixture(scope="module")
+def models():
+    model = DiffusionLM(CONFIG, rngs=nnx.Rngs(1))
+    reference = DiffusionLM(dataclasses.replace(CONFIG, width=8), rngs=nnx.Rngs(2))
+    for module in (model, reference):  # far from uniform predictions
+        state = nnx.state(module)
+        nnx.update(module, jax.tree.map(lambda a: 8 * a if a.ndim == 2 else a, state))
+    return model, reference
+
+
+@functools.partial(jax.jit, static_argnums=(1, 3))
+def _value_and_grad(state, graph, other, training):
+    reference = None if other is None else nnx.merge(*other)
+
+    def loss(state):
+        model = nnx.merge(graph, state)
+        return diffusion_lm_loss(KEY, model, TOKENS, MASKABLE, training, reference=reference)
+
+    return jax.value_and_grad(loss)(state)
+
+
+def loss_of(model, training, reference=None):
+    graph, state = nnx.split(model)
+    if reference is None:
+        return _value_and_grad(state, graph, None, training)
+    run = functools.partial(diffusion_lm_loss, KEY, training=training, reference=reference)
+    loss = lambda model: run(model, TOKENS, MASKABLE)
+    return nnx.jit(nnx.value_and_grad(loss))(model)
+
+
+def _cross_entropy(logits, targets):
+    logits = np.asarray(logits, np.float64)
+    right = np.take_along_axis(logits, np.asarray(targets)[..., None], axis=-1)[..., 0]
+    return np.log(np.exp(logits).sum(axis=-1)) - right
+
+
+def _weights(noised):
+    return np.asarray(noised.masked) / np.asarray(noised.rate)
+
+
+def test_rates_are_spread_evenly_and_masks_follow_them():
+    tokens = jnp.zeros((64, 4096), jnp.int32)
+    noised = mask_tokens(jax.random.key(0), tokens, jnp.ones(tokens.shape, bool), MASK)
+    rates = np.asarray(noised.rate[:, 0])
+    assert (noised.rate == noised.rate[:, :1]).all()
+    assert rates.min() >= 1e-3
+    assert rates.max() <= 1
+    # One in each 64th of the range, in random order.
+    np.testing.assert_allclose(np.diff(np.sort(rates)), 0.999 / 64, atol=1e-5)
+    assert (np.diff(rates) > 0).sum() not in (0, 63)
+    np.testing.assert_allclose(noised.masked.mean(axis=1), rates, atol=0.04)
+    np.testing.assert_array_equal(noised.tokens == MASK, noised.masked)
+
+
+def test_each_block_can_have_a_rate_of_its_own():
+    tokens = jnp.zeros((3, 11), jnp.int32)
+    noised = mask_tokens(KEY, tokens, jnp.ones((3, 11), bool), MASK, block_length=4)
+    rates = np.asarray(noised.rate)
+    blocks = [rates[:, :4], rates[:, 4:8], rates[:, 8:]]
+    assert all((block == block[:, :1]).all() for block in blocks)
+    assert len(np.unique(rates)) == 9
+
+
+def test_what_may_not_be_masked_stays():
+    noised = mask_tokens(KEY, TOKENS, MASKABLE, MASK)
+    np.testing.assert_array_equal(noised.tokens[~noised.masked], TOKENS[~noised.masked])
+    assert not (noised.masked & ~MASKABLE).any()
+    assert noised.masked.any()
+
+
+@pytest.mark.parametrize("average", ["row", "token"])
+def test_bidirectional_loss_is_the_weighted_sum(models, average):
+    model, _ = models
+    training = MaskedDiffusion(sight="bidirectional", average=average)
+    noised = mask_tokens(KEY, TOKENS, MASKABLE, MASK)
+    terms = _cross_entropy(model(noised.tokens), TOKENS) * _weights(noised)
+    counts = np.asarray(MASKABLE).sum(axis=1)
+    expected = (
+        (terms.sum(axis=1) / counts).mean() if average == "row" else terms.sum() / counts.sum()
+    )
+    np.testing.assert_allclose(loss_of(model, training)[0], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("per_block", [False, True])
+def test_block_causal_loss_sees_the_noisy_and_the_clean_half(models, per_block):
+    model, _ = models
+    training = MaskedDiffusion(block_length=4, rate_per_block=per_block)
+    noised = mask_tokens(KEY, TOKENS, MASKABLE, MASK, block_length=4 if per_block else None)
+    both = jnp.concatenate([noised.tokens, TOKENS], axis=1)
+    positions = jnp.tile(jnp.arange(10), 2)[None]
+    logits = model(both, positions, block_diffusion_mask(20, 4)[None])[:, :10]
+    terms = _cross_entropy(logits, TOKENS) * _weights(noised)
+    expected = terms.sum() / np.asarray(MASKABLE).sum()
+    np.testing.assert_allclose(loss_of(model, training)[0], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("sight", ["bidirectional", "block_causal"])
+def test_residual_loss_mixes_what_the_reference_predicts(models, sight):
+    model, reference = models
+    training = MaskedDiffusion(sight=sight, block_length=4, residual=ResidualContext())
+    noised = mask_tokens(KEY, TOKENS, MASKABLE, MASK)
+    ids, options = noised.tokens, {}
+    if sight == "block_causal":
+        ids = jnp.concatenate([ids, TOKENS], axis=1)
+        options["positions"] = jnp.tile(jnp.arange(10), 2)[None]
+        options["mask"] = block_diffusion_mask(20, 4)[None]
+    logits = np.asarray(reference(ids, **options)[:, :10], np.float64)
+    shares = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+    weight = -(shares * np.log(shares)).sum(axis=-1) / np.log(13)
+    table = np.asarray(model.embedding.embedding[...], np.float64)
+    inputs = np.array(model.embed(ids), np.float64)
+    mixed = (1 - weight[..., None]) * table[MASK] + weight[..., None] * (shares @ table)
+    inputs[:, :10] = np.where(noised.masked[..., None], mixed, inputs[:, :10])
+    logits = model(jnp.asarray(inputs, jnp.float32), **options)[:, :10]
+    terms = _cross_entropy(logits, TOKENS) * _weights(noised)
+    expected = terms.sum() / np.asarray(MASKABLE).sum()
+    loss, _ = loss_of(model, training, reference)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    assert abs(loss - loss_of(model, dataclasses.replace(training, residual=None))[0]) > 1e-3
+
+
+def test_the_reference_gets_no_gradient(models):
+    model, reference = models
+    training = MaskedDiffusion(sight="bidirectional", residual=ResidualContext())
+
+    @nnx.jit
+    def gradient(reference):
+        loss = lambda other: diffusion_lm_loss(
+            KEY, model, TOKENS, MASKABLE, training, reference=other
+        )
+        return nnx.grad(loss)(reference)
+
+    assert all(not leaf.any() for leaf in jax.tree.leaves(gradient(reference)))
+
+
+def test_the_vector_passes_a_gradient_to_the_embeddings_unless_stopped(models):
+    model, reference = models
+    training = MaskedDiffusion(sight="bidirectional", residual=ResidualContext())
+    rows = {}
+    for stop in (False, True):
+        stopped = dataclasses.replace(training, stop_vector=stop)
+        rows[stop] = loss_of(model, stopped, reference)[1]["embedding"]["embedding"][...]
+    noised = mask_tokens(KEY, TOKENS, MASKABLE, MASK)
+    unseen = np.setdiff1d(np.arange(13), np.asarray(noised.tokens))
+    assert unseen.size, "the test needs a token that no input holds"
+    assert not rows[True][unseen].any()
+    assert (np.abs(rows[False][unseen]).max(axis=1) > 1e-6).all()
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 30, 31])
+def test_chunks_change_neither_loss_nor_gradients(models, chunk):
+    model, _ = models
+    hidden = jax.random.normal(KEY, (3, 10, 16))
+    weights = jax.random.uniform(jax.random.key(6), (3, 10))
+    graph, state = nnx.split(model)
+
+    def total(state, hidden, chunk):
+        logits = nnx.merge(graph, state).logits
+        return weighted_cross_entropy(logits, hidden, TOKENS, weights, chunk=chunk)
+
+    run = jax.jit(jax.value_and_grad(total, argnums=(0, 1)), static_argnums=2)
+    expected, wanted = run(state, hidden, 1000)
+    value, gradients = run(state, hidden, chunk)
+    terms = _cross_entropy(model.logits(hidden), TOKENS)
+    np.testing.assert_allclose(expected, (terms * weights).sum(), rtol=1e-5)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradients, wanted
+    )
+
+
+def test_refuses_a_reference_without_residual_and_the_reverse(models):
+    model, reference = models
+    with pytest.raises(ValueError, match="RCD needs both"):
+        diffusion_lm_loss(KEY, model, TOKENS, MASKABLE, MaskedDiffusion(), reference=reference)
+    training = MaskedDiffusion(residual=ResidualContext())
+    with pytest.raises(ValueError, match="RCD needs both"):
+        diffusion_lm_loss(KEY, model, TOKENS, MASKABLE, training)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sight": "causal"}, "sight must be one of block_causal, bidirectional, got 'causal'"),
+        ({"average": "batch"}, "average must be one of row, token, got 'batch'"),
+        ({"block_length": 0}, "block_length must be a positive int, got 0"),
+        ({"chunk": 1.5}, "chunk must be a positive int, got 1.5"),
+    ],
+)
+def test_refuses_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        MaskedDiffusion(**options)

@@ -1,0 +1,197 @@
+"""Accuracy over tokens per step: `python -m train.decoding_sweep --help`.
+
+A lower threshold settles more tokens at each step and makes more mistakes. Sweeping it shows what a
+model reaches for how many steps (figure 4 of arXiv:2601.22954), which one threshold does not.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from jaxgen.checkpoints import write_atomically
+from jaxgen.sampling import ResidualContext
+from train.diffusion_lm_parts import Answers, answer, load_export, make_decoder
+from train.problem_data import make_table
+
+type Point = dict[str, Any]
+
+THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Answer problems with one or more models at several thresholds.
+
+    Writes `points.json`, `curve.png` and `table.md` to --output. A model trained with a reference
+    (RCD) is fed back its discarded predictions; --without-residual shows it without.
+    """
+
+    models: tuple[Path, ...]
+    """Exports of runs of `train.diffusion_lm`: their folders `export`."""
+    output: Path = Path("runs/decoding-sweep")
+    """Folder of the results."""
+    thresholds: tuple[float, ...] = THRESHOLDS
+    """Tokens surer than this are settled at once; 1: one token a step."""
+    problems: int = 1000
+    """Number of problems."""
+    levels: tuple[int, ...] = ()
+    """Their levels; those that each model was trained on if none are given."""
+    split: Literal["validation", "test"] = "test"
+    """Problems that no training has seen."""
+    temperature: float = 1.0
+    """T_res of the residual: above 1 feeds more back, below 1 less."""
+    init: Literal["zero", "self", "dirichlet"] = "zero"
+    """What is fed back at the first step of a block."""
+    without_residual: bool = False
+    """Feed nothing back."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the computation."""
+    batch_size: int = 512
+    """Problems at a time."""
+    workers: int = 0
+    """Processes that make problems; 0: the main one does."""
+
+
+def residual_of(card: Mapping[str, Any], **options: Any) -> ResidualContext | None:
+    """Returns what a model was trained to be fed back, None for a standard one.
+
+    Args:
+        card: of its export.
+        **options: of `ResidualContext` that training does not decide, such as `temperature`.
+    """
+    config = card["config"]
+    if config["reference"] is None:
+        return None
+    return ResidualContext(weighting=config["weighting"], source=config["source"], **options)
+
+
+def carry_out(sweep: Sweep, *, show_progress: bool = True) -> list[Point]:
+    """Answers all problems with every model at every threshold, and writes the results.
+
+    Returns:
+        A point for each model and threshold: `model`, `rcd`, `threshold`, what `Answers.summary`
+        says, and `accuracy_of_level`.
+    """
+    from tqdm import tqdm
+
+    points: list[Point] = []
+    rounds = len(sweep.models) * len(sweep.thresholds)
+    with tqdm(total=rounds, unit="threshold", disable=not show_progress) as bar:
+        for folder in sweep.models:
+            model, card = load_export(folder, precision=sweep.precision)
+            config = card["config"]
+            table = make_table(
+                config["task"],
+                sweep.levels or config["levels"],
+                sweep.problems,
+                split=sweep.split,
+                workers=sweep.workers,
+            )
+            residual = None
+            if not sweep.without_residual:
+                residual = residual_of(card, temperature=sweep.temperature, init=sweep.init)
+            for threshold in sweep.thresholds:
+                decoder = make_decoder(config["sight"], config["block_length"], threshold, residual)
+                answers = answer(model, table, decoder, batch_size=sweep.batch_size)
+                levels = np.array([problem.level for problem in table.problems])
+                points.append(
+                    {
+                        "model": name_of(folder),
+                        "rcd": residual is not None,
+                        "threshold": threshold,
+                        **answers.summary(),
+                        "accuracy_of_level": by_level(levels, answers),
+                    }
+                )
+                bar.set_postfix(accuracy=f"{points[-1]['accuracy']:.3f}")
+                bar.update(1)
+    sweep.output.mkdir(parents=True, exist_ok=True)
+    record = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "points": points}
+    text = json.dumps(record, indent=2) + "\n"
+    write_atomically(sweep.output / "points.json", [text.encode()])
+    write_atomically(sweep.output / "table.md", [table_of(points).encode()])
+    draw(points, sweep.output / "curve.png")
+    return points
+
+
+def name_of(folder: Path) -> str:
+    """Returns the name of a run from the folder of its export."""
+    folder = folder.resolve()
+    return folder.parent.name if folder.name == "export" else folder.name
+
+
+def by_level(levels: np.ndarray, answers: Answers) -> dict[str, float]:
+    """Returns the accuracy on each level."""
+    return {str(n): float(answers.correct[levels == n].mean()) for n in np.unique(levels)}
+
+
+def steps_at(points: Sequence[Point], accuracy: float) -> float | None:
+    """Returns the fewest steps at which one model's points reach an accuracy, None if none does.
+
+    Between two neighboring thresholds, steps and accuracy are taken to change together.
+    """
+    ordered = sorted(points, key=lambda point: point["steps"])
+    reached = [n for n, point in enumerate(ordered) if point["accuracy"] >= accuracy]
+    if not reached:
+        return None
+    above = ordered[reached[0]]
+    if reached[0] == 0 or above["accuracy"] == ordered[reached[0] - 1]["accuracy"]:
+        return above["steps"]
+    below = ordered[reached[0] - 1]
+    share = (accuracy - below["accuracy"]) / (above["accuracy"] - below["accuracy"])
+    return below["steps"] + share * (above["steps"] - below["steps"])
+
+
+def table_of(points: Sequence[Point]) -> str:
+    """Returns the points as a Markdown table."""
+    lines = [
+        "| model | residual | threshold | accuracy | all steps right | steps | tokens a step |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for point in points:
+        cells = [
+            point["model"],
+            "yes" if point["rcd"] else "no",
+            f"{point['threshold']:g}",
+            f"{point['accuracy']:.1%}",
+            f"{point['steps_correct']:.1%}",
+            f"{point['steps']:.1f}",
+            f"{point['tokens_per_step']:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(points: Sequence[Point], path: Path) -> None:
+    """Draws accuracy over tokens per step, a line for each model."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for name in dict.fromkeys(point["model"] for point in points):
+        line = [point for point in points if point["model"] == name]
+        style = "o-" if line[0]["rcd"] else "s--"
+        across = [point["tokens_per_step"] for point in line]
+        axes.plot(across, [100 * point["accuracy"] for point in line], style, label=name, ms=4)
+    axes.set_xlabel("tokens per step")
+    axes.set_ylabel("accuracy, %")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Take the options, answer, print the table."""
+    import tyro
+
+    sweep = tyro.cli(Sweep, prog="python -m train.decoding_sweep")
+    print(table_of(carry_out(sweep)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Train a diffusion language model on checkable problems: `python -m train.diffusion_lm --help`.
+
+A run lives in one folder: `config.json`, `metrics.jsonl`, `validation.jsonl`, `checkpoints/` and,
+at the end, `export/`. Running the same command again resumes from the newest checkpoint, exactly;
+SIGINT and SIGTERM save one first.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from train import run_folder
+from train.diffusion_lm_config import Config
+from train.diffusion_lm_parts import (
+    Answers,
+    answer,
+    load_export,
+    make_decoder,
+    make_loss,
+    make_models,
+    save_export,
+)
+from train.metrics import JsonLines, Row, final_loss, read_rows
+from train.problem_data import Table, TableBatches, make_table
+from train.run import Finished, Hook, Plan, as_command, carry_out, mesh_of, parse, printer
+from train.state import Arrays, Skeleton, make_optimizer, take_apart
+
+_TARGET, _REFERENCE = "target.", "reference."
+
+
+def train(
+    config: Config,
+    *,
+    on_row: Callable[[Row], None] | None = None,
+    show_progress: bool = True,
+) -> Finished:
+    """Train, resuming if the folder holds a run, and export unless a signal arrived.
+
+    Args:
+        config: The experiment.
+        on_row: Called with each row of metrics as it is written.
+        show_progress: Say what happens and show a progress bar, on stderr.
+
+    Raises:
+        ValueError: The batch does not fit the devices or the problems, the export to start from is
+            another model, or the folder holds a run with another configuration.
+        FloatingPointError: `config.skips_in_a_row` updates in a row were not finite.
+        NotImplementedError: JAX was started with several processes.
+    """
+    mesh_of(config)  # refuses before anything is made
+    say = printer(show_progress)
+    build = functools.partial(make_models, config)
+    skeleton, shapes = take_apart(nnx.eval_shape(build))
+    trained = frozenset(name for name in skeleton.trained if name.startswith(_TARGET))
+
+    def make() -> Arrays:
+        arrays = take_apart(build())[1]
+        for option, prefix in {"start_from": _TARGET, "reference": _REFERENCE}.items():
+            folder = getattr(config, option)
+            if folder is not None:
+                arrays |= exported_arrays(folder, prefix, shapes, config.precision)
+        return arrays
+
+    say(f"making {config.problems:,} problems of {config.task}")
+    table = make_table(config.task, config.levels, config.problems, workers=config.workers)
+    kind = "standard" if config.reference is None else "RCD"
+    plan = Plan(
+        title=f"{config.model}, {config.sight}, {kind}",
+        skeleton=skeleton,
+        shapes=shapes,
+        make=make,
+        trained=trained,
+        loss=make_loss(skeleton, config.training()),
+        optimizer=functools.partial(
+            make_optimizer,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            gradient_clip=config.gradient_clip,
+        ),
+    )
+    stream = TableBatches(table, batch_size=config.batch_size, seed=config.seed)
+    result = carry_out(
+        config,
+        plan,
+        stream,
+        hooks=[Hook(config.validate_every, validation_hook(config, skeleton))],
+        on_row=on_row,
+        show_progress=show_progress,
+    )
+    export = result.folder / "export"
+    made_steps = result.step > result.first_step
+    if result.stopped in ("finished", "time limit") and (made_steps or not export.exists()):
+        models = skeleton.join(jax.device_put(result.arrays))
+        save_export(export, models.target, make_card(config, result), config.export_dtype)
+        say(f"exported {export}")
+    return result
+
+
+def exported_arrays(folder: Path, prefix: str, shapes: Mapping[str, Any], precision: str) -> Arrays:
+    """Return the arrays of an export under the names of a part of the models.
+
+    Args:
+        folder: The folder `export` of a run.
+        prefix: "target." or "reference.".
+        shapes: What that part, among others, consists of.
+        precision: Dtype of the computation.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: A damaged file, or another model.
+    """
+    arrays = take_apart(load_export(folder, precision=precision)[0])[1]
+    named = {prefix + name: array for name, array in arrays.items()}
+    wanted = {name: shape.shape for name, shape in shapes.items() if name.startswith(prefix)}
+    if wanted != {name: array.shape for name, array in named.items()}:
+        raise ValueError(f"{folder} holds a model of another shape than the one that is trained")
+    return named
+
+
+def validation_hook(config: Config, skeleton: Skeleton) -> Callable[[int, Arrays], None]:
+    """Return a hook that answers problems of the split validation; a row of `validation.jsonl`."""
+
+    @functools.cache
+    def table() -> Table:
+        return make_table(
+            config.task,
+            config.levels,
+            config.test_problems,
+            split="validation",
+            workers=config.workers,
+        )
+
+    # What is fed back is that of training; the first step of a block is a plain one.
+    residual = config.training().residual
+    decoder = make_decoder(config.sight, config.block_length, config.test_threshold, residual)
+
+    def validate(step: int, arrays: Arrays) -> None:
+        models = skeleton.join(jax.device_put({name: arrays[name] for name in skeleton.names}))
+        answers: Answers = answer(models.target, table(), decoder)
+        writer = JsonLines(config.output / "validation.jsonl", step - 1)
+        writer.write({"step": step} | answers.summary())
+        writer.close()
+
+    return validate
+
+
+def make_card(config: Config, result: Finished) -> dict[str, Any]:
+    """Return the model card: what was trained on what, how, how long, and what it reached."""
+    validation = read_rows(result.folder / "validation.jsonl")
+    return {
+        "name": config.model,
+        "task": "text-to-text",
+        "data": f"generated {config.task}, levels {', '.join(map(str, config.levels))}",
+        "steps": result.step,
+        "command": config.command(),
+        "config": run_folder.to_json(config),
+        "final_loss": final_loss(result.rows),
+        "validation": validation[-1] if validation else None,
+        "updates_skipped": result.rows[-1]["skipped"] if result.rows else 0,
+        "hardware": f"{result.devices} x {jax.devices()[0].device_kind}",
+        "jax": jax.__version__,
+        "seconds": round(result.seconds, 1),
+    }
+
+
+def main() -> None:
+    """Parse the command line and train; the exit code tells how it ended, see `run.as_command`."""
+    config = parse(Config)
+    as_command(lambda: train(config).stopped)
+
+
+if __name__ == "__main__":
+    main()
