@@ -1,0 +1,88 @@
+"""Problems as rows of tokens, and batches of them."""
+
+import numpy as np
+import pytest
+
+from train.problem_data import Layout, TableBatches, make_table, rows_of, verdict
+from train.problems import EOS, Problem, Vocabulary
+
+TASKS = [("arithmetic", (1, 3), Layout(16, 60)), ("sudoku", (1,), Layout(81, 81))]
+
+
+@pytest.mark.parametrize(("task", "levels", "layout"), TASKS)
+def test_rows_hold_padded_prompts_and_solutions(task, levels, layout):
+    table = make_table(task, levels, 6)
+    assert table.layout == layout
+    assert table.tokens.shape == (6, layout.prompt + layout.answer)
+    assert [problem.level for problem in table.problems] == list(levels) * (6 // len(levels))
+    for problem, row in zip(table.problems, table.tokens, strict=True):
+        text = Vocabulary().decode(row)
+        assert text == problem.prompt.ljust(layout.prompt) + problem.solution
+        assert (row[len(text) :] == EOS).all()
+        assert verdict(problem, row[layout.prompt :]).correct
+        assert not verdict(problem, np.roll(row[layout.prompt :], 1)).correct
+    np.testing.assert_array_equal(table.prompts, table.tokens[:, : layout.prompt])
+
+
+def test_every_problem_fits_its_layout():
+    for level in range(1, 7):
+        table = make_table("arithmetic", (level,), 300)
+        ends = (table.tokens[:, table.layout.prompt :] == EOS).sum(axis=1)
+        assert ends.min() >= 1
+
+
+def test_other_processes_make_the_same_problems():
+    here = make_table("arithmetic", (2, 4), 70, split="test", seed=3)
+    there = make_table("arithmetic", (2, 4), 70, split="test", seed=3, workers=2)
+    assert here.problems == there.problems
+    other = make_table("arithmetic", (2, 4), 70, split="validation", seed=3)
+    assert not {p.prompt for p in here.problems} & {p.prompt for p in other.problems}
+
+
+def test_every_epoch_has_every_problem_once_and_its_own_order():
+    table = make_table("arithmetic", (3,), 10)
+    stream = TableBatches(table, batch_size=4, seed=0)
+    taken = [next(stream) for _ in range(10)]
+    rows = np.concatenate([batch["tokens"] for batch in taken]).reshape(4, 10, -1)
+    for epoch in rows:
+        assert {row.tobytes() for row in epoch} == {row.tobytes() for row in table.tokens}
+    assert (rows[0] != rows[1]).any()
+    expected = np.arange(rows.shape[-1]) >= table.layout.prompt
+    assert all((batch["maskable"] == expected).all() for batch in taken)
+
+
+def test_batches_are_a_function_of_seed_and_step():
+    table = make_table("arithmetic", (3,), 10)
+    stream = TableBatches(table, batch_size=4, seed=0)
+    taken = [next(stream)["tokens"] for _ in range(6)]
+    assert stream.get_state() == {"step": 6}
+    stream.set_state({"step": 2})
+    for tokens in taken[2:]:
+        np.testing.assert_array_equal(next(stream)["tokens"], tokens)
+    assert (next(TableBatches(table, batch_size=4, seed=1))["tokens"] != taken[0]).any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("chess", (1,), 5), "task must be one of arithmetic, sudoku, got 'chess'"),
+        (("arithmetic", (7,), 5), r"levels of arithmetic must be some of 1, .*, 6, got \(7,\)"),
+        (("sudoku", (), 5), r"levels of sudoku must be some of 1, 2, 3, 4, 5, got \(\)"),
+        (("sudoku", (1,), 0), "count must be positive, got 0"),
+    ],
+)
+def test_refuses_tables(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_table(*arguments)
+
+
+def test_refuses_batches_larger_than_the_table():
+    table = make_table("arithmetic", (1,), 3)
+    with pytest.raises(ValueError, match="batch_size=4 needs more than 3 problems"):
+        TableBatches(table, batch_size=4, seed=0)
+
+
+def test_a_problem_longer_than_its_layout_is_not_cut():
+    problem = Problem("arithmetic", 1, "1+1=", "2" * 9)
+    with pytest.raises(ValueError, match="could not broadcast"):
+        rows_of([problem], Layout(4, 8))
