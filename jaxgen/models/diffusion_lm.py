@@ -280,10 +280,8 @@ class DiffusionLM(nnx.Module):
         if positions is None:
             positions = jnp.arange(x.shape[1])[None]
         rotary, attend = self._rotary(positions), attend or self._attend(mask)
-        block = DiffusionLMBlock.__call__
-        # What attends is closed over: remat and scan take arrays and modules only.
-        run = lambda layer, x: block(layer, x, rotary, attend)
-        run = nnx.remat(run) if self.config.remat else run
+        run = lambda layer, x: layer(x, rotary, attend)
+        run = _recomputed(run) if self.config.remat else run
         if self.config.scan:
             x = scan_blocks(self.blocks, run, x)
         else:
@@ -355,6 +353,19 @@ class DiffusionLM(nnx.Module):
         if mask is None:
             return attention
         return lambda query, key, value: attention(query, key, value, mask=mask[:, None])
+
+
+def _recomputed(run: Callable[[Any, Array], Array]) -> Callable[[Any, Array], Array]:
+    """Makes what runs a block keep only its input for the backward pass.
+
+    Not `nnx.remat`, which refuses blocks whose weights are constants of the gradient.
+    """
+
+    def recompute(layer: nnx.Module, x: Array) -> Array:
+        graph, state = nnx.split(layer)
+        return jax.checkpoint(lambda state, x: run(nnx.merge(graph, state), x))(state, x)
+
+    return recompute
 
 
 def _norm(dim: int, config: DiffusionLMConfig) -> RMSNorm:

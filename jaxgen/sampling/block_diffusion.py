@@ -115,7 +115,7 @@ def answers_of(
     """
     slots = lengths.astype(jnp.int32)[:, None] + jnp.arange(new_tokens)[None]
     tokens = jnp.take_along_axis(state.tokens, slots, axis=1)
-    stops = jnp.isin(tokens, jnp.array(decoder.stop_ids, jnp.int32))
+    stops = jnp.isin(tokens, jnp.array(decoder.stop_ids, jnp.int32)).astype(jnp.int32)
     before = jnp.cumsum(stops, axis=1) - stops  # stops before each token
     kept = before == 0
     tokens = jnp.where(kept, tokens, decoder.pad_id)

@@ -218,7 +218,7 @@ def _opened(
 
     fresh = jax.lax.cond(first.any(), begin, lambda: residual)
     if settings.init != "dirichlet":
-        passes += first.any()
+        passes += first.any().astype(jnp.int32)
     return passes, jax.tree.map(
         lambda new, old: jnp.where(_along(first, new), new, old), fresh, residual
     )

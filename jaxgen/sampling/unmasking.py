@@ -7,6 +7,7 @@ threshold. Positions that are not masked are never touched, and neither rule can
 """
 
 import dataclasses
+import functools
 from typing import Literal, get_args
 
 import jax
@@ -76,24 +77,29 @@ class TokenChoice:
         """
         logits = logits.astype(jnp.float32)
         temperature = jnp.asarray(self.temperature, jnp.float32)
-        out = jnp.array([mask_id, *self.forbidden])
-        allowed = logits.at[:, out].set(-jnp.inf)
+        out = (mask_id, *self.forbidden)
+
+        def sampled_probability(kept: Array, tokens: Array) -> Array:
+            asked = self.confidence == "sampled"
+            return _probability(kept, tokens) if asked else jnp.zeros(len(kept), jnp.float32)
 
         def sample() -> tuple[Array, Array]:
             # `cond` may compute both branches: nothing is divided by zero in either.
-            kept = self._restrict(allowed / jnp.where(temperature > 0, temperature, 1.0))
+            allowed = _without(logits, out) / jnp.where(temperature > 0, temperature, 1.0)
+            kept = self._restrict(allowed)
             # The largest of logits with Gumbel noise is a draw from their softmax.
             tokens = jnp.argmax(kept + jax.random.gumbel(key, kept.shape), axis=-1)
-            return tokens.astype(jnp.int32), _probability(kept, tokens)
+            return tokens.astype(jnp.int32), sampled_probability(kept, tokens)
 
         def greedy() -> tuple[Array, Array]:
+            allowed = _without(logits, out)
             tokens = jnp.argmax(allowed, axis=-1)
-            return tokens.astype(jnp.int32), _probability(allowed, tokens)
+            return tokens.astype(jnp.int32), sampled_probability(allowed, tokens)
 
         tokens, sampled = jax.lax.cond(temperature > 0, sample, greedy)
         match self.confidence:
             case "max":
-                sure = _probability(logits, jnp.argmax(allowed, axis=-1))
+                sure = _probability(logits, jnp.argmax(_without(logits, out), axis=-1))
             case "raw":
                 sure = _probability(logits, tokens)
             case "sampled":
@@ -188,3 +194,10 @@ def _probability(logits: Array, tokens: Array) -> Array:
     """The probability of one token for each row of logits."""
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
     return jnp.exp(chosen - jax.nn.logsumexp(logits, axis=-1))
+
+
+def _without(logits: Array, tokens: tuple[int, ...]) -> Array:
+    """Logits with some tokens impossible; what reads them does that on the way, without a copy."""
+    number = jnp.arange(logits.shape[-1])[None]
+    out = functools.reduce(jnp.logical_or, [number == token for token in tokens])
+    return jnp.where(out, -jnp.inf, logits)
