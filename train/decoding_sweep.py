@@ -147,6 +147,19 @@ def steps_at(points: Sequence[Point], accuracy: float) -> float | None:
     return below["steps"] + share * (above["steps"] - below["steps"])
 
 
+def accuracy_at(points: Sequence[Point], steps: float) -> float | None:
+    """Returns the accuracy of one model's points at a number of steps, None beyond them.
+
+    Between two neighboring thresholds, steps and accuracy are taken to change together. More steps
+    than one token at a time has are no help, so that the last accuracy holds from there on.
+    """
+    ordered = sorted(points, key=lambda point: point["steps"])
+    if steps < ordered[0]["steps"]:
+        return None
+    across = [point["steps"] for point in ordered]
+    return float(np.interp(steps, across, [point["accuracy"] for point in ordered]))
+
+
 def table_of(points: Sequence[Point]) -> str:
     """Returns the points as a Markdown table."""
     lines = [

@@ -1,0 +1,236 @@
+"""What is feeding back worth? RCD against its baseline of equal data and steps, over seeds.
+
+For each seed a standard model is trained first. From its export every method goes on for equally
+many steps on the same batches and masks: SeqD as before, RCD with that first model as its frozen
+reference, and RCD's ablations. All answer the same test problems at several thresholds.
+
+Command    python -m train.configs.rcd_experiment --output runs/rcd-arithmetic
+           python -m train.configs.rcd_experiment --output runs/rcd-sudoku --first.task sudoku
+               --first.levels 1 2 3 --first.sight bidirectional --first.average row
+               --first.block-length 81
+           Both resume when repeated; --time-limit cuts them into pieces, and --methods and --seeds
+           into parts that may run at once into one folder, once the first models are there.
+Hardware   not measured yet
+Outcome    not measured yet
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxgen.checkpoints import write_atomically
+from train import decoding_sweep, diffusion_lm
+from train.decoding_sweep import Point, Sweep, accuracy_at, steps_at
+from train.diffusion_lm_config import Config
+
+METHODS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "seqd": {},
+        "rcd": {"reference": True},
+        "rcd-fixed": {"reference": True, "weighting": "fixed"},
+        "rcd-one": {"reference": True, "weighting": "one"},
+        "rcd-top1": {"reference": True, "source": "top1"},
+        "rcd-stop-vector": {"reference": True, "stop_vector": True},
+    }
+)
+"""Options of the second training by method; `reference`: the first model is one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Train a first model and every method for each seed, sweep the threshold, print the table."""
+
+    first: Config = dataclasses.field(default_factory=Config)
+    """Options of the first training; its output and seed are replaced."""
+    output: Path = Path("runs/rcd-experiment")
+    """Folder of all runs, and of results.json, table.md and curve.png."""
+    steps: int = 5000
+    """Updates of each second training."""
+    learning_rate: float = 5e-4
+    """Its peak learning rate."""
+    methods: tuple[str, ...] = ("seqd", "rcd")
+    """Methods to train: seqd, rcd, and the ablations rcd-fixed, rcd-one, rcd-top1,
+    rcd-stop-vector."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of initialization, order and masks."""
+    thresholds: tuple[float, ...] = decoding_sweep.THRESHOLDS
+    """Tokens surer than this are settled at once."""
+    problems: int = 1000
+    """Test problems."""
+    time_limit: float | None = None
+    """Seconds after which to stop; repeat the command to go on."""
+
+    def __post_init__(self):
+        unknown = [name for name in self.methods if name not in METHODS]
+        if unknown:
+            raise ValueError(f"methods must be among {', '.join(METHODS)}, got {unknown}")
+        if self.first.reference is not None or self.first.start_from is not None:
+            raise ValueError("the first model is a standard one: no reference and no start_from")
+
+    def first_run(self, seed: int) -> Config:
+        """Return the first training of a seed."""
+        return dataclasses.replace(self.first, output=self.output / f"first-{seed}", seed=seed)
+
+    def run(self, method: str, seed: int) -> Config:
+        """Return the second training of a method and seed."""
+        export = self.first_run(seed).output / "export"
+        options = dict(METHODS[method])
+        if options.pop("reference", False):
+            options["reference"] = export
+        return dataclasses.replace(
+            self.first,
+            output=self.output / f"{method}-{seed}",
+            seed=seed,
+            start_from=export,
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            warmup_steps=min(self.first.warmup_steps, self.steps // 5),
+            **options,
+        )
+
+
+def carry_out(experiment: Experiment, *, show_progress: bool = True) -> dict[str, list[Point]]:
+    """Do what is not done yet.
+
+    Returns:
+        The points of every second run in the folder, by the name of its folder.
+    """
+    started = time.monotonic()
+
+    def left() -> float | None:
+        if experiment.time_limit is None:
+            return None
+        return max(experiment.time_limit - (time.monotonic() - started), 0.0)
+
+    for seed in experiment.seeds:
+        runs = [experiment.first_run(seed)]
+        runs += [experiment.run(method, seed) for method in experiment.methods]
+        if not all(_carry_out_run(experiment, run, left, show_progress) for run in runs):
+            break
+    found = {
+        path.parent.name: json.loads(path.read_text())["points"]
+        for path in sorted(experiment.output.glob("*/points.json"))
+    }
+    experiment.output.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(found, indent=2) + "\n"
+    write_atomically(experiment.output / "results.json", [text.encode()])
+    write_atomically(experiment.output / "table.md", [table(found).encode()])
+    if found:
+        points = [point for points in found.values() for point in points]
+        decoding_sweep.draw(points, experiment.output / "curve.png")
+    return found
+
+
+def _carry_out_run(
+    experiment: Experiment, run: Config, left: Callable[[], float | None], show_progress: bool
+) -> bool:
+    """Train, and sweep what is not a first model; return whether it is finished."""
+    if (run.output / "points.json").exists():
+        return True
+    limit = left()
+    if limit == 0:
+        return False
+    if show_progress:
+        print(f"--- {run.output.name}", file=sys.stderr, flush=True)
+    limited = dataclasses.replace(run, time_limit=limit)
+    result = diffusion_lm.train(limited, show_progress=show_progress)
+    if result.stopped != "finished":
+        return False
+    if run.start_from is not None:
+        sweep = Sweep(
+            (run.output / "export",),
+            run.output,
+            thresholds=experiment.thresholds,
+            problems=experiment.problems,
+            precision=run.precision,
+            workers=run.workers,
+        )
+        decoding_sweep.carry_out(sweep, show_progress=show_progress)
+    return True
+
+
+def table(found: Mapping[str, Sequence[Point]]) -> str:
+    """Return a Markdown table of means over seeds, with standard deviations between them.
+
+    The last columns compare with SeqD of the same seed: points of accuracy at the steps that SeqD
+    takes with thresholds of 0.5 and 0.9, and the share of the steps of SeqD's best accuracy that
+    the method needs to reach it.
+    """
+    lines = [
+        "| method | seeds | best accuracy | at steps | over SeqD at its steps, 0.9 "
+        "| at its steps, 0.5 | share of its steps |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for method in METHODS:
+        rows = [row for name, points in found.items() if (row := _row(name, method, points, found))]
+        if not rows:
+            continue
+        best, steps, strict, loose, share = zip(*rows, strict=True)
+        cells = [
+            method,
+            str(len(rows)),
+            _spread(100 * np.array(best), "{:.1f}", " %"),
+            _spread(np.array(steps), "{:.1f}"),
+            _spread(_known(strict), "{:+.1f}"),
+            _spread(_known(loose), "{:+.1f}"),
+            _spread(_known(share), "{:.2f}"),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _row(
+    name: str, method: str, points: Sequence[Point], found: Mapping[str, Sequence[Point]]
+) -> tuple[float | None, ...] | None:
+    """Return the numbers of one run; None if it is of another method."""
+    run_method, _, seed = name.rpartition("-")
+    if run_method != method:
+        return None
+    best = max(points, key=lambda point: (point["accuracy"], -point["steps"]))
+    baseline = found.get(f"seqd-{seed}")
+    if baseline is None or method == "seqd":
+        return best["accuracy"], best["steps"], None, None, None
+    gains = []
+    for threshold in (0.9, 0.5):
+        theirs = min(baseline, key=lambda point: abs(point["threshold"] - threshold))
+        ours = accuracy_at(points, theirs["steps"])
+        gains.append(None if ours is None else 100 * (ours - theirs["accuracy"]))
+    top = max(baseline, key=lambda point: (point["accuracy"], -point["steps"]))
+    needed = steps_at(points, top["accuracy"])
+    share = None if needed is None else needed / top["steps"]
+    return best["accuracy"], best["steps"], *gains, share
+
+
+def _known(values: Sequence[float | None]) -> np.ndarray:
+    return np.array([value for value in values if value is not None])
+
+
+def _spread(values: np.ndarray, form: str, unit: str = "") -> str:
+    if not values.size:
+        return ""
+    mean = form.format(values.mean())
+    if values.size > 1:
+        mean += f" ± {form.format(values.std(ddof=1)).lstrip('+')}"
+    return mean + unit
+
+
+def main() -> None:
+    """Take the options, carry out the experiment, print the table."""
+    import tyro
+
+    experiment = tyro.cli(Experiment, prog="python -m train.configs.rcd_experiment")
+    # Runs that differ in their seed share compiled programs.
+    jax.config.update("jax_compilation_cache_dir", str(experiment.output / "compiled"))
+    print(table(carry_out(experiment)))
+
+
+if __name__ == "__main__":
+    main()
