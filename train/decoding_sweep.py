@@ -16,7 +16,7 @@ import numpy as np
 from jaxgen.checkpoints import write_atomically
 from jaxgen.sampling import ResidualContext
 from train.diffusion_lm_parts import Answers, answer, load_export, make_decoder
-from train.problem_data import make_table
+from train.problem_data import TASKS, make_table
 
 type Point = dict[str, Any]
 
@@ -76,6 +76,10 @@ def carry_out(sweep: Sweep, *, show_progress: bool = True) -> list[Point]:
     Returns:
         A point for each model and threshold: `model`, `rcd`, `threshold`, what `Answers.summary`
         says, and `accuracy_of_level`.
+
+    Raises:
+        FileNotFoundError: A folder without a model.
+        ValueError: A damaged one, or a model that was not trained on problems.
     """
     from tqdm import tqdm
 
@@ -84,7 +88,9 @@ def carry_out(sweep: Sweep, *, show_progress: bool = True) -> list[Point]:
     with tqdm(total=rounds, unit="threshold", disable=not show_progress) as bar:
         for folder in sweep.models:
             model, card = load_export(folder, precision=sweep.precision)
-            config = card["config"]
+            config = card.get("config", {})
+            if config.get("task") not in TASKS:
+                raise ValueError(f"{folder} holds no model that was trained on problems")
             table = make_table(
                 config["task"],
                 sweep.levels or config["levels"],

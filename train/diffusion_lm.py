@@ -1,4 +1,4 @@
-"""Train a diffusion language model on checkable problems: `python -m train.diffusion_lm --help`.
+"""Train a diffusion language model on problems or text: `python -m train.diffusion_lm --help`.
 
 A run lives in one folder: `config.json`, `metrics.jsonl`, `validation.jsonl`, `checkpoints/` and,
 at the end, `export/`. Running the same command again resumes from the newest checkpoint, exactly;
@@ -16,16 +16,18 @@ from flax import nnx
 from train import run_folder
 from train.diffusion_lm_config import Config
 from train.diffusion_lm_parts import (
-    Answers,
     answer,
     load_export,
     make_decoder,
     make_loss,
     make_models,
+    mean_loss,
+    open_rows,
     save_export,
 )
 from train.metrics import JsonLines, Row, final_loss, read_rows
-from train.problem_data import Table, TableBatches, make_table
+from train.problem_data import Table, make_table
+from train.rows import RowBatches, Rows
 from train.run import Finished, Hook, Plan, as_command, carry_out, mesh_of, parse, printer
 from train.state import Arrays, Skeleton, make_optimizer, take_apart
 
@@ -46,7 +48,7 @@ def train(
         show_progress: Say what happens and show a progress bar, on stderr.
 
     Raises:
-        ValueError: The batch does not fit the devices or the problems, the export to start from is
+        ValueError: The batch does not fit the devices or the data, the export to start from is
             another model, or the folder holds a run with another configuration.
         FloatingPointError: `config.skips_in_a_row` updates in a row were not finite.
         NotImplementedError: JAX was started with several processes.
@@ -65,11 +67,16 @@ def train(
                 arrays |= exported_arrays(folder, prefix, shapes, config.precision)
         return arrays
 
-    say(f"making {config.problems:,} problems of {config.task}")
-    table = make_table(config.task, config.levels, config.problems, workers=config.workers)
+    if config.task == "text":
+        rows, held_out = open_rows(config)
+        say(f"{len(rows):,} texts to learn from, {len(held_out)} to test")
+    else:
+        say(f"making {config.problems:,} problems of {config.task}")
+        made = make_table(config.task, config.levels, config.problems, workers=config.workers)
+        rows, held_out = made.rows(), None
     kind = "standard" if config.reference is None else "RCD"
     plan = Plan(
-        title=f"{config.model}, {config.sight}, {kind}",
+        title=f"{config.task}, {config.sight}, {kind}",
         skeleton=skeleton,
         shapes=shapes,
         make=make,
@@ -82,12 +89,13 @@ def train(
             gradient_clip=config.gradient_clip,
         ),
     )
-    stream = TableBatches(table, batch_size=config.batch_size, seed=config.seed)
+    stream = RowBatches(rows, batch_size=config.batch_size, seed=config.seed)
+    validate = validation_hook(config, skeleton, held_out)
     result = carry_out(
         config,
         plan,
         stream,
-        hooks=[Hook(config.validate_every, validation_hook(config, skeleton))],
+        hooks=[Hook(config.validate_every, validate)],
         on_row=on_row,
         show_progress=show_progress,
     )
@@ -95,7 +103,13 @@ def train(
     made_steps = result.step > result.first_step
     if result.stopped in ("finished", "time limit") and (made_steps or not export.exists()):
         models = skeleton.join(jax.device_put(result.arrays))
-        save_export(export, models.target, make_card(config, result), config.export_dtype)
+        save_export(
+            export,
+            models.target,
+            make_card(config, result),
+            config.export_dtype,
+            beside=config.start_from if config.task == "text" else None,
+        )
         say(f"exported {export}")
     return result
 
@@ -121,8 +135,16 @@ def exported_arrays(folder: Path, prefix: str, shapes: Mapping[str, Any], precis
     return named
 
 
-def validation_hook(config: Config, skeleton: Skeleton) -> Callable[[int, Arrays], None]:
-    """Return a hook that answers problems of the split validation; a row of `validation.jsonl`."""
+def validation_hook(
+    config: Config, skeleton: Skeleton, held_out: Rows | None
+) -> Callable[[int, Arrays], None]:
+    """Return a hook that writes a row of `validation.jsonl`.
+
+    Args:
+        config: The experiment.
+        skeleton: Of the models.
+        held_out: Texts whose loss is measured; None: answers to problems are checked.
+    """
 
     @functools.cache
     def table() -> Table:
@@ -135,14 +157,19 @@ def validation_hook(config: Config, skeleton: Skeleton) -> Callable[[int, Arrays
         )
 
     # What is fed back is that of training; the first step of a block is a plain one.
-    residual = config.training().residual
-    decoder = make_decoder(config.sight, config.block_length, config.test_threshold, residual)
+    training = config.training()
+    decoder = make_decoder(
+        config.sight, config.block_length, config.test_threshold, training.residual
+    )
 
     def validate(step: int, arrays: Arrays) -> None:
-        models = skeleton.join(jax.device_put({name: arrays[name] for name in skeleton.names}))
-        answers: Answers = answer(models.target, table(), decoder)
+        arrays = jax.device_put({name: arrays[name] for name in skeleton.names})
+        if held_out is None:
+            found = answer(skeleton.join(arrays).target, table(), decoder).summary()
+        else:
+            found = {"validation": mean_loss(skeleton, training, arrays, held_out)}
         writer = JsonLines(config.output / "validation.jsonl", step - 1)
-        writer.write({"step": step} | answers.summary())
+        writer.write({"step": step} | found)
         writer.close()
 
     return validate
@@ -151,10 +178,11 @@ def validation_hook(config: Config, skeleton: Skeleton) -> Callable[[int, Arrays
 def make_card(config: Config, result: Finished) -> dict[str, Any]:
     """Return the model card: what was trained on what, how, how long, and what it reached."""
     validation = read_rows(result.folder / "validation.jsonl")
+    levels = ", ".join(map(str, config.levels))
     return {
-        "name": config.model,
+        "name": result.folder.name if config.task == "text" else config.model,
         "task": "text-to-text",
-        "data": f"generated {config.task}, levels {', '.join(map(str, config.levels))}",
+        "data": "text" if config.task == "text" else f"generated {config.task}, levels {levels}",
         "steps": result.step,
         "command": config.command(),
         "config": run_folder.to_json(config),

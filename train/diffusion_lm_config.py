@@ -48,7 +48,8 @@ class Config(Options):
 
     Problems are several steps of arithmetic with every step written out, or Sudokus. The model is
     the transformer of SDAR and LLaDA, small, one token a character. Trained as SDAR is (the
-    default), it answers block by block; --sight bidirectional trains as LLaDA is.
+    default), it answers block by block; --sight bidirectional trains as LLaDA is. --task text
+    fine-tunes a released model (--start-from its folder) on prompts and answers of your own.
 
     Residual Context Diffusion takes two runs. The first makes a standard model; the second starts
     from its export and mixes its predictions into the inputs (--reference). The baseline of equal
@@ -81,7 +82,8 @@ class Config(Options):
 
     # --- model ---
     model: str = "base"
-    """Preset: base (10.6 million parameters), small (0.9) or tiny (0.1)."""
+    """Preset: base (10.6 million parameters), small (0.9) or tiny (0.1); for --task text that of
+    --start-from is taken."""
     attention: Literal["exact", "int8"] = "exact"
     """Arithmetic of the attention of --sight bidirectional; block_causal is exact always."""
     start_from: Path | None = None
@@ -112,8 +114,14 @@ class Config(Options):
     """No gradient to the embeddings through what is fed back."""
 
     # --- data ---
-    task: Literal["arithmetic", "sudoku"] = "arithmetic"
-    """What the problems are."""
+    task: Literal["arithmetic", "sudoku", "text"] = "arithmetic"
+    """What the problems are; text: prompts and answers from --data."""
+    data: Path | None = None
+    """File of text: a JSON object on each line, with the strings prompt and answer."""
+    chat: bool = True
+    """Prompts of text are a user's messages, in the chat format of the model."""
+    max_tokens: int = 2048
+    """Longer texts are left out."""
     levels: tuple[int, ...] = (1, 2, 3, 4)
     """Levels of the problems: operations of arithmetic (1 to 6), or from easy to hard Sudokus
     (1 to 5); equally many problems of each."""
@@ -172,14 +180,21 @@ class Config(Options):
     validate_every: int = 2000
     """Steps between tests on problems of the split validation, also at the end; 0: none."""
     test_problems: int = 512
-    """Number of these problems."""
+    """Number of these problems; of text, which is tested by its loss, the last so many are held
+    out."""
     test_threshold: float = 0.9
     """Tokens surer than this are settled at once when they are answered."""
 
     def __post_init__(self):
         if self.model not in MODELS:
             raise ValueError(f"model must be one of {', '.join(MODELS)}, got {self.model!r}")
-        Layout.of(self.task, self.levels)
+        if self.task in TASKS:
+            Layout.of(self.task, self.levels)
+        elif self.task == "text" and None in (self.data, self.start_from):
+            raise ValueError(
+                "task=text needs data and start_from, got "
+                f"data={self.data} and start_from={self.start_from}"
+            )
         self.check(
             choices=_CHOICES,
             smallest=_SMALLEST,
@@ -211,12 +226,13 @@ class Config(Options):
 _CHOICES = {
     "attention": ("exact", "int8"),
     "precision": ("float32", "bfloat16"),
-    "task": TASKS,
+    "task": (*TASKS, "text"),
     "schedule": ("cosine", "constant"),
     "export_dtype": ("float32", "bfloat16"),
 }
 _SMALLEST = {
     "problems": 1,
+    "max_tokens": 1,
     "batch_size": 1,
     "workers": 0,
     "seed": 0,

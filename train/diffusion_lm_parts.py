@@ -1,6 +1,7 @@
 """What a run of `train.diffusion_lm` is made of: models, loss, tests, the export."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,8 @@ from jaxgen.checkpoints import (
     save_diffusion_lm_folder,
     write_atomically,
 )
-from jaxgen.models import DiffusionLM
+from jaxgen.models import DiffusionLM, DiffusionLMConfig
+from jaxgen.pipelines.chat import CHATML, LLADA
 from jaxgen.sampling import (
     BlockDiffusion,
     MaskedDiffusion,
@@ -28,12 +30,23 @@ from jaxgen.sampling import (
     decode,
     diffusion_lm_loss,
 )
+from jaxgen.tokenizers import TextTokenizer
 from train.diffusion_lm_config import MODELS, Config
 from train.problem_data import Table, verdict
-from train.problems import EOS, Vocabulary
+from train.problems import EOS
+from train.rows import Rows
 from train.state import Loss, Skeleton
+from train.text_data import read_rows
 
 _CARD = "card.json"
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+)
 
 
 class Models(nnx.Module):
@@ -45,20 +58,27 @@ class Models(nnx.Module):
 
 
 def make_models(config: Config) -> Models:
-    """Returns new models, the reference of the shape that its folder says."""
+    """Returns new models; a reference, and what is fine-tuned, have the shape of their folder."""
     options: dict[str, Any] = {"dtype": config.precision}
     trained: dict[str, Any] = options | {"remat": config.remat, "attention": config.attention}
-    rngs = nnx.Rngs(config.seed)
-    target = DiffusionLM(dataclasses.replace(MODELS[config.model], **trained), rngs=rngs)
+    rngs, target = nnx.Rngs(config.seed), MODELS[config.model]
+    if config.task == "text" and config.start_from is not None:
+        target = shape_of(config.start_from)
+    target = DiffusionLM(dataclasses.replace(target, **trained), rngs=rngs)
     if config.reference is None:
         return Models(target)
-    path = config.reference / "config.json"
-    shape = diffusion_lm_config_from_json(path.read_bytes(), str(path))
-    return Models(target, DiffusionLM(dataclasses.replace(shape, **options), rngs=rngs))
+    shape = dataclasses.replace(shape_of(config.reference), **options)
+    return Models(target, DiffusionLM(shape, rngs=rngs))
+
+
+def shape_of(folder: Path) -> DiffusionLMConfig:
+    """Returns the configuration of the model in a folder."""
+    path = folder / "config.json"
+    return diffusion_lm_config_from_json(path.read_bytes(), str(path))
 
 
 def make_loss(skeleton: Skeleton, training: MaskedDiffusion) -> Loss:
-    """Returns the loss of a batch of `tokens` and `maskable`."""
+    """Returns the loss of a batch of `tokens`, `maskable` and `lengths`."""
 
     def loss(params, frozen, batch, key):
         models = skeleton.join(params | frozen)
@@ -68,10 +88,25 @@ def make_loss(skeleton: Skeleton, training: MaskedDiffusion) -> Loss:
             batch["tokens"],
             batch["maskable"],
             training,
+            lengths=batch["lengths"],
             reference=models.reference,
         )
 
     return loss
+
+
+def mean_loss(skeleton: Skeleton, training: MaskedDiffusion, arrays: Any, rows: Rows) -> float:
+    """Returns the mean loss of rows, one after the other, with masks that are always the same."""
+    total = 0.0
+    for number in range(len(rows)):
+        batch = rows[number : number + 1].batch()
+        total += float(_one_loss(skeleton, training, arrays, batch, jax.random.key(number)))
+    return total / len(rows)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _one_loss(skeleton: Skeleton, training: MaskedDiffusion, arrays, batch, key) -> jax.Array:
+    return make_loss(skeleton, training)(arrays, {}, batch, key)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,27 +205,69 @@ def answer(
     )
 
 
-def save_export(folder: Path, model: DiffusionLM, card: Mapping[str, Any], dtype: str) -> None:
-    """Writes a model as transformers names its parts, with a card beside it."""
+def save_export(
+    folder: Path,
+    model: DiffusionLM,
+    card: Mapping[str, Any],
+    dtype: str,
+    *,
+    beside: Path | None = None,
+) -> None:
+    """Writes a model as transformers names its parts, with a card.
+
+    Args:
+        folder: where to.
+        model: what was trained.
+        card: what is to be known of it.
+        dtype: of the weights.
+        beside: a folder whose tokenizer belongs to the model.
+    """
     graph, state = nnx.split(model)
     cast = nnx.merge(graph, jax.tree.map(lambda array: array.astype(dtype), state))
     save_diffusion_lm_folder(folder, cast)
+    for name in _TOKENIZER_FILES if beside is not None else ():
+        if beside is not None and (beside / name).is_file():
+            write_atomically(folder / name, [(beside / name).read_bytes()])
     write_atomically(folder / _CARD, [(json.dumps(card, indent=2) + "\n").encode()])
 
 
 def load_export(folder: Path, *, precision: str) -> tuple[DiffusionLM, dict[str, Any]]:
-    """Reads what `save_export` wrote, with float32 parameters: a model and its card.
+    """Reads what `save_export` wrote, or a released model, with float32 parameters.
+
+    Returns:
+        The model and its card, empty for a released one.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a damaged file, or a model with another vocabulary.
+        ValueError: a damaged file.
     """
     folder = Path(folder)
     model = load_diffusion_lm_folder(folder, dtype=precision, param_dtype=jnp.float32)
-    if model.config.vocabulary_size != Vocabulary.size:
+    path = folder / _CARD
+    return model, parse_json_object(path.read_bytes(), str(path)) if path.is_file() else {}
+
+
+def open_rows(config: Config) -> tuple[Rows, Rows]:
+    """Returns what a run on text learns from, and the last texts of the file, which it does not.
+
+    Raises:
+        FileNotFoundError: no such file, or a model without a tokenizer.
+        ValueError: a damaged file, or fewer texts than are held out.
+    """
+    assert config.data is not None
+    assert config.start_from is not None
+    chat = CHATML if shape_of(config.start_from).qk_norm else LLADA
+    rows, dropped = read_rows(
+        config.data,
+        TextTokenizer.from_folder(config.start_from),
+        max_tokens=config.max_tokens,
+        block_length=config.block_length,
+        chat=chat if config.chat else None,
+    )
+    kept = len(rows) - config.test_problems
+    if kept < 1:
         raise ValueError(
-            f"{folder}: a model of problems has {Vocabulary.size} tokens, "
-            f"got {model.config.vocabulary_size}"
+            f"{config.data} has {len(rows)} texts of at most max_tokens={config.max_tokens} tokens "
+            f"({dropped} longer ones), not more than test_problems={config.test_problems}"
         )
-    card = parse_json_object((folder / _CARD).read_bytes(), str(folder / _CARD))
-    return model, card
+    return rows[:kept], rows[kept:]

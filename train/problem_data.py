@@ -1,4 +1,4 @@
-"""Generated problems as rows of tokens: a table that is made once, and endless batches of it.
+"""Generated problems as rows of tokens, a table that is made once.
 
 A row is a prompt, padded with spaces to the longest of its task and levels, then the solution, then
 the end of the text up to the end of the row. All prompts are so equally long, and answers begin at
@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from train.problems import EOS, Problem, Verdict, Vocabulary, arithmetic, sudoku
+from train.rows import Rows
 
 TASKS = ("arithmetic", "sudoku")
 _SUDOKU_CELLS = 81
@@ -73,6 +74,12 @@ class Table:
         """The padded prompts."""
         return self.tokens[:, : self.layout.prompt]
 
+    def rows(self) -> Rows:
+        """Returns what to learn from: the answers and the end of the text after them."""
+        count, length = self.tokens.shape
+        answer = np.broadcast_to(np.arange(length) >= self.layout.prompt, self.tokens.shape)
+        return Rows(self.tokens, answer, np.full(count, length, np.int32))
+
 
 def make_table(
     task: str,
@@ -124,55 +131,6 @@ def verdict(problem: Problem, answer: np.ndarray) -> Verdict:
     """Checks the tokens of an answer."""
     verify = arithmetic.verify if problem.task == "arithmetic" else sudoku.verify
     return verify(problem.prompt, Vocabulary().decode(answer))
-
-
-class TableBatches:
-    """An endless iterator of batches, epoch after epoch, each in another order.
-
-    A batch is a function of the seed and its step, so a checkpoint stores one number. Each has
-    `tokens`, int32 (batch, tokens), and `maskable`, True for the answer.
-
-    Args:
-        table: the problems.
-        batch_size: rows of a batch.
-        seed: decides the order.
-
-    Raises:
-        ValueError: fewer problems than a batch has rows.
-    """
-
-    def __init__(self, table: Table, *, batch_size: int, seed: int):
-        if len(table.tokens) < batch_size:
-            raise ValueError(
-                f"batch_size={batch_size} needs more than {len(table.tokens)} problems"
-            )
-        self._table, self._batch_size, self._seed, self._step = table, batch_size, seed, 0
-        self._maskable = np.arange(table.tokens.shape[1]) >= table.layout.prompt
-        self._order = functools.lru_cache(maxsize=2)(self._draw_order)
-
-    def __iter__(self) -> Self:
-        return self
-
-    def get_state(self) -> dict[str, int]:
-        """Returns the position: the number of batches taken."""
-        return {"step": self._step}
-
-    def set_state(self, state: dict[str, int]) -> None:
-        """Goes on from a position."""
-        self._step = state["step"]
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        count = len(self._table.tokens)
-        epoch, start = divmod(self._step * self._batch_size, count)
-        rows = self._order(epoch)[start : start + self._batch_size]
-        if len(rows) < self._batch_size:
-            rows = np.concatenate([rows, self._order(epoch + 1)[: self._batch_size - len(rows)]])
-        self._step += 1
-        tokens = self._table.tokens[rows]
-        return {"tokens": tokens, "maskable": np.broadcast_to(self._maskable, tokens.shape)}
-
-    def _draw_order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng((self._seed, epoch)).permutation(len(self._table.tokens))
 
 
 def _make(task: str, levels: tuple[int, ...], split: str, seed: int, number: int) -> Problem:

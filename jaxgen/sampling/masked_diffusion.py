@@ -11,7 +11,7 @@ there (RCD, arXiv:2601.22954, algorithm 1): one plain pass of that model, no unr
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -118,6 +118,7 @@ def diffusion_lm_loss(
     maskable: Bool[Array, "batch tokens"],
     training: MaskedDiffusion,
     *,
+    lengths: Int[Array, " batch"] | None = None,
     reference: DiffusionLM | None = None,
 ) -> Float[Array, ""]:
     """Returns the loss of one batch, float32.
@@ -128,6 +129,8 @@ def diffusion_lm_loss(
         tokens: ids; a prompt, an answer, and the ends of text that pad it.
         maskable: True for the tokens to learn: the answer and, in LLaDA and SDAR, its padding.
         training: how to train.
+        lengths: tokens of each row; those after them are padding that nothing sees. None: all
+            are seen. In "block_causal" rows, later blocks are not seen in any case.
         reference: the frozen model of RCD; it gets no gradient.
 
     Raises:
@@ -138,11 +141,14 @@ def diffusion_lm_loss(
     mask_id, length = model.config.mask_id, tokens.shape[1]
     block_length = training.block_length if training.rate_per_block else None
     noised = mask_tokens(key, tokens, maskable, mask_id, block_length=block_length)
-    ids, options = noised.tokens, {}
+    ids = noised.tokens
+    options: dict[str, Any] = {}
     if training.sight == "block_causal":
         ids = jnp.concatenate([ids, tokens.astype(ids.dtype)], axis=1)
         attend = functools.partial(block_diffusion_attention, block_length=training.block_length)
         options = {"positions": jnp.tile(jnp.arange(length), 2)[None], "attend": attend}
+    elif lengths is not None:
+        options = {"mask": (jnp.arange(length)[None] < lengths[:, None])[:, None]}
     inputs = ids
     if training.residual is not None and reference is not None:
         known = reference.hidden(ids, **options)[:, :length]

@@ -85,8 +85,9 @@ class TokenChoice:
 
         def sample() -> tuple[Array, Array]:
             # `cond` may compute both branches: nothing is divided by zero in either.
-            allowed = _without(logits, out) / jnp.where(temperature > 0, temperature, 1.0)
-            kept = self._restrict(allowed)
+            allowed = _without(logits, out)
+            allowed -= allowed.max(axis=-1, keepdims=True)  # a tiny temperature may not overflow
+            kept = self._restrict(allowed / jnp.where(temperature > 0, temperature, 1.0))
             # The largest of logits with Gumbel noise is a draw from their softmax.
             tokens = jnp.argmax(kept + jax.random.gumbel(key, kept.shape), axis=-1)
             return tokens.astype(jnp.int32), sampled_probability(kept, tokens)

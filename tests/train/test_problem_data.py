@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from train.problem_data import Layout, TableBatches, make_table, rows_of, verdict
+from train.problem_data import Layout, make_table, rows_of, verdict
 from train.problems import EOS, Problem, Vocabulary
+from train.rows import RowBatches
 
 TASKS = [("arithmetic", (1, 3), Layout(16, 60)), ("sudoku", (1,), Layout(81, 81))]
 
@@ -41,25 +42,27 @@ def test_other_processes_make_the_same_problems():
 
 def test_every_epoch_has_every_problem_once_and_its_own_order():
     table = make_table("arithmetic", (3,), 10)
-    stream = TableBatches(table, batch_size=4, seed=0)
+    stream = RowBatches(table.rows(), batch_size=4, seed=0)
     taken = [next(stream) for _ in range(10)]
     rows = np.concatenate([batch["tokens"] for batch in taken]).reshape(4, 10, -1)
     for epoch in rows:
         assert {row.tobytes() for row in epoch} == {row.tobytes() for row in table.tokens}
     assert (rows[0] != rows[1]).any()
     expected = np.arange(rows.shape[-1]) >= table.layout.prompt
-    assert all((batch["maskable"] == expected).all() for batch in taken)
+    for batch in taken:
+        assert (batch["maskable"] == expected).all()
+        assert (batch["lengths"] == rows.shape[-1]).all()
 
 
 def test_batches_are_a_function_of_seed_and_step():
     table = make_table("arithmetic", (3,), 10)
-    stream = TableBatches(table, batch_size=4, seed=0)
+    stream = RowBatches(table.rows(), batch_size=4, seed=0)
     taken = [next(stream)["tokens"] for _ in range(6)]
     assert stream.get_state() == {"step": 6}
     stream.set_state({"step": 2})
     for tokens in taken[2:]:
         np.testing.assert_array_equal(next(stream)["tokens"], tokens)
-    assert (next(TableBatches(table, batch_size=4, seed=1))["tokens"] != taken[0]).any()
+    assert (next(RowBatches(table.rows(), batch_size=4, seed=1))["tokens"] != taken[0]).any()
 
 
 @pytest.mark.parametrize(
@@ -78,8 +81,8 @@ def test_refuses_tables(arguments, message):
 
 def test_refuses_batches_larger_than_the_table():
     table = make_table("arithmetic", (1,), 3)
-    with pytest.raises(ValueError, match="batch_size=4 needs more than 3 problems"):
-        TableBatches(table, batch_size=4, seed=0)
+    with pytest.raises(ValueError, match="batch_size=4 needs as many rows, got 3"):
+        RowBatches(table.rows(), batch_size=4, seed=0)
 
 
 def test_a_problem_longer_than_its_layout_is_not_cut():
