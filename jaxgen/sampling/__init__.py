@@ -8,6 +8,7 @@ from jaxgen.sampling.block_diffusion import answers_of as answers_of
 from jaxgen.sampling.block_diffusion import decode as decode
 from jaxgen.sampling.block_diffusion import decode_steps as decode_steps
 from jaxgen.sampling.block_diffusion import left_aligned as left_aligned
+from jaxgen.sampling.block_passes import DecodingState as DecodingState
 from jaxgen.sampling.euler import VelocityFunction as VelocityFunction
 from jaxgen.sampling.euler import euler_sample as euler_sample
 from jaxgen.sampling.flow_matching import LogitNormal as LogitNormal
@@ -24,10 +25,12 @@ from jaxgen.sampling.masked_diffusion import diffusion_lm_loss as diffusion_lm_l
 from jaxgen.sampling.masked_diffusion import mask_tokens as mask_tokens
 from jaxgen.sampling.masked_diffusion import weighted_cross_entropy as weighted_cross_entropy
 from jaxgen.sampling.regions import active_count as active_count
+from jaxgen.sampling.residual_context import Int8Table as Int8Table
 from jaxgen.sampling.residual_context import Residual as Residual
 from jaxgen.sampling.residual_context import ResidualContext as ResidualContext
 from jaxgen.sampling.residual_context import mix_residual as mix_residual
 from jaxgen.sampling.residual_context import no_residual as no_residual
+from jaxgen.sampling.residual_context import quantized_table as quantized_table
 from jaxgen.sampling.schedules import FlowMatchingSchedule as FlowMatchingSchedule
 from jaxgen.sampling.schedules import shift_sigma as shift_sigma
 from jaxgen.sampling.stages import Progress as Progress

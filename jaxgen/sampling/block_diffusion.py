@@ -16,8 +16,9 @@ random numbers, and stops at its own end. A token's slot is its position, so tha
 padding. With "block_causal", and without a cache, rows also go on to their next block alone.
 """
 
+import functools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,8 @@ from jaxtyping import Array, Bool, Int, Int32
 
 from jaxgen.models.diffusion_lm import DiffusionLM
 from jaxgen.sampling.block_decoder import BlockDiffusion
-from jaxgen.sampling.block_passes import Progress, Setting, first_state, last_slots, one_pass
+from jaxgen.sampling.block_passes import DecodingState, Setting, first_state, last_slots, one_pass
+from jaxgen.sampling.residual_context import Int8Table, quantized_table
 
 
 class Decoded(NamedTuple):
@@ -68,7 +70,7 @@ def decode(
         decoder: how to decode.
         new_tokens: tokens of the longest answer.
         lengths: tokens of each prompt; all of the row if None.
-        seeds: of each row, or of the first one, whose successors the others get.
+        seeds: of each row, or of the first one: the next rows then get the numbers that follow.
         reference: predicts the first step of each block for `init="reference"`.
 
     Raises:
@@ -87,7 +89,7 @@ def decode_steps(
     lengths: Int[Array, " batch"] | None = None,
     seeds: Int[Array, " batch"] | int = 0,
     reference: DiffusionLM | None = None,
-) -> Iterator[Progress]:
+) -> Iterator[DecodingState]:
     """Decodes as `decode` does, and yields the state before the first and after every pass.
 
     The last state's answers are those of `decode`; `answers_of` takes them out of any.
@@ -100,7 +102,7 @@ def decode_steps(
 
 
 def answers_of(
-    state: Progress,
+    state: DecodingState,
     decoder: BlockDiffusion,
     lengths: Int[Array, " batch"],
     new_tokens: int,
@@ -147,7 +149,7 @@ def _start(
     lengths: Array | None,
     seeds: Array | int,
     reference: DiffusionLM | None,
-) -> tuple[Setting, Progress]:
+) -> tuple[Setting, DecodingState]:
     """Checks a call and makes the state before its first step."""
     prompts = jnp.asarray(prompts)
     if prompts.ndim != 2 or not jnp.issubdtype(prompts.dtype, jnp.integer):
@@ -170,6 +172,8 @@ def _start(
             raise ValueError(
                 f"prompts must be ids below {model.config.vocabulary_size}, got {low} to {high}"
             )
+    if isinstance(seeds, int) and not 0 <= seeds < 2**32:
+        raise ValueError(f"seeds must be from 0 to 2**32 - 1, got {seeds}")
     seeds = jnp.asarray(seeds, jnp.uint32)
     seeds = seeds + jnp.arange(batch, dtype=jnp.uint32) if seeds.ndim == 0 else seeds
     if seeds.shape != (batch,):
@@ -178,7 +182,8 @@ def _start(
     if wants and reference is None:
         raise ValueError('init="reference" needs a reference model, got reference=None')
     if reference is not None and not wants:
-        raise ValueError('a reference model is for init="reference" only')
+        given = None if decoder.residual is None else decoder.residual.init
+        raise ValueError(f'a reference model is for init="reference" only, got init={given!r}')
     if reference is not None:
         sizes = (model.config.vocabulary_size, model.config.mask_id)
         others = (reference.config.vocabulary_size, reference.config.mask_id)
@@ -195,10 +200,16 @@ def _start(
             raise ValueError(f"{name} must be below {config.vocabulary_size}, got {values}")
     if config.mask_id in (decoder.pad_id, *decoder.stop_ids):
         raise ValueError(f"pad_id and stop_ids must not be the mask token, {config.mask_id}")
-    if len(choice.forbidden) >= config.vocabulary_size - 1:
-        raise ValueError("forbidden must leave a token to draw")
+    if len({config.mask_id, *choice.forbidden}) == config.vocabulary_size:
+        raise ValueError(
+            f"forbidden must leave one of {config.vocabulary_size} tokens besides the mask to "
+            f"draw, got {len(choice.forbidden)} tokens"
+        )
     graph, state = nnx.split(model)
     reference_graph, reference_state = (None, None) if reference is None else nnx.split(reference)
+    narrow_table = None
+    if decoder.residual is not None and decoder.residual.table == "int8":
+        narrow_table = _quantized(graph, state)
     setting = Setting(
         graph=graph,
         reference_graph=reference_graph,
@@ -210,17 +221,24 @@ def _start(
         lengths=lengths.astype(jnp.int32),
         end=last_slots(lengths.astype(jnp.int32), decoder, new_tokens),
         keys=jax.vmap(jax.random.key)(seeds),
+        narrow_table=narrow_table,
     )
     return setting, _first_state(setting, prompts.astype(jnp.int32))
 
 
 @jax.jit
-def _run(setting: Setting, state: Progress) -> Decoded:
+def _run(setting: Setting, state: DecodingState) -> Decoded:
     """Decodes to the end."""
     state = jax.lax.while_loop(
         lambda state: ~jnp.all(state.done), lambda state: one_pass(setting, state), state
     )
     return answers_of(state, setting.decoder, setting.lengths, setting.new_tokens)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _quantized(graph: Any, state: Any) -> Int8Table:
+    """The input embeddings of a model, narrow."""
+    return quantized_table(nnx.merge(graph, state).input_table())
 
 
 _first_state, _one_pass = jax.jit(first_state), jax.jit(one_pass)

@@ -12,8 +12,10 @@ from jaxtyping import Array, Bool, Float, Int32
 from jaxgen.models.diffusion_lm import Cache, DiffusionLM
 from jaxgen.sampling.block_decoder import BlockDiffusion
 from jaxgen.sampling.residual_context import (
+    Int8Table,
     Residual,
     ResidualContext,
+    Table,
     mix_residual,
     no_residual,
 )
@@ -21,7 +23,7 @@ from jaxgen.sampling.residual_context import (
 _PREFILL = 1024
 
 
-class Progress(NamedTuple):
+class DecodingState(NamedTuple):
     """Where a decoding run is; a pytree.
 
     Attributes:
@@ -62,6 +64,7 @@ class Setting:
     lengths: Array
     end: Array  # slots of each row from here on are not decoded, and not seen
     keys: Array
+    narrow_table: Int8Table | None  # input embeddings for the residual; None: those of the model
 
     @property
     def model(self) -> DiffusionLM:
@@ -73,6 +76,11 @@ class Setting:
         """The model of `init="reference"`."""
         return nnx.merge(self.reference_graph, self.reference_state)
 
+    @property
+    def table(self) -> Table:
+        """Input embeddings as the residual reads them."""
+        return self.model.input_table() if self.narrow_table is None else self.narrow_table
+
 
 def last_slots(lengths: Array, decoder: BlockDiffusion, new_tokens: int) -> Array:
     """The slot after the last one of each row; SDAR decodes whole blocks."""
@@ -80,7 +88,7 @@ def last_slots(lengths: Array, decoder: BlockDiffusion, new_tokens: int) -> Arra
     return -(-end // block) * block if decoder.sight == "block_causal" else end
 
 
-def first_state(setting: Setting, prompts: Array) -> Progress:
+def first_state(setting: Setting, prompts: Array) -> DecodingState:
     """The state before the first step: prompts, masks, and what is known of the prompts."""
     model, decoder, lengths = setting.model, setting.decoder, setting.lengths
     batch, longest = prompts.shape
@@ -102,7 +110,7 @@ def first_state(setting: Setting, prompts: Array) -> Progress:
         residual = no_residual((batch, block), model.config.width)
     zeros = jnp.zeros(batch, jnp.int32)
     done = jnp.zeros(batch, bool)
-    state = Progress(tokens, start, zeros, zeros, zeros, done, jnp.int32(0), cache, residual)
+    state = DecodingState(tokens, start, zeros, zeros, zeros, done, jnp.int32(0), cache, residual)
     return state._replace(total=_masked(setting, state).sum(axis=1, dtype=jnp.int32))
 
 
@@ -126,7 +134,7 @@ def _prefill(model: DiffusionLM, tokens: Array, cache: Any, length: int, block: 
     return jax.lax.scan(store, cache, jnp.arange(0, length, size))[0]
 
 
-def one_pass(setting: Setting, state: Progress) -> Progress:
+def one_pass(setting: Setting, state: DecodingState) -> DecodingState:
     """One pass of the model over the block of each row, and what follows from it."""
     model, decoder = setting.model, setting.decoder
     masked = _masked(setting, state)
@@ -148,7 +156,7 @@ def one_pass(setting: Setting, state: Progress) -> Progress:
     written = _put(state.tokens, rows, jnp.where(settled, tokens, _take(state.tokens, rows)))
     if decoder.residual is not None and residual is not None:
         # Positions that are no longer masked do not read theirs.
-        fresh = decoder.residual.residual(logits, model.input_table(), setting.mask_id)
+        fresh = decoder.residual.residual(logits, setting.table, setting.mask_id)
         residual = jax.tree.map(
             lambda new, old: jnp.where(_along(denoising, new), new, old), fresh, residual
         )
@@ -164,7 +172,7 @@ def one_pass(setting: Setting, state: Progress) -> Progress:
     return _moved_on(setting, state, stored=~denoising)
 
 
-def _moved_on(setting: Setting, state: Progress, stored: Array) -> Progress:
+def _moved_on(setting: Setting, state: DecodingState, stored: Array) -> DecodingState:
     """Sends rows whose block is finished to their next one, or home."""
     decoder = setting.decoder
     clean = ~_masked(setting, state).any(axis=1) & ~state.done
@@ -192,14 +200,14 @@ def _moved_on(setting: Setting, state: Progress, stored: Array) -> Progress:
 
 
 def _opened(
-    setting: Setting, settings: ResidualContext, state: Progress, masked: Array
+    setting: Setting, settings: ResidualContext, state: DecodingState, masked: Array
 ) -> tuple[Array, Residual]:
     """The passes with this one, and its residual: `init` where a block begins."""
     model, passes, residual = setting.model, state.passes + 1, state.residual
     assert residual is not None
     if settings.init == "zero":
         return passes, residual
-    table, batch = model.input_table(), len(state.tokens)
+    table, batch = setting.table, len(state.tokens)
     first = (state.step == 0) & ~state.done & masked.any(axis=1)
 
     def begin() -> Residual:
@@ -227,7 +235,7 @@ def _opened(
 def _hidden(
     model: DiffusionLM,
     setting: Setting,
-    state: Progress,
+    state: DecodingState,
     residual: Residual | None,
     masked: Array,
 ) -> tuple[Float[Array, "batch block width"], Cache | None]:
@@ -274,7 +282,7 @@ def _hidden(
     return jax.lax.switch(jnp.where(first, 0, 1 + fitting), branches)
 
 
-def _uncached(model: DiffusionLM, setting: Setting, state: Progress) -> Array:
+def _uncached(model: DiffusionLM, setting: Setting, state: DecodingState) -> Array:
     """Computes the block of each row, up to the head, from all tokens as they are."""
     place = jnp.arange(state.tokens.shape[1])
     if setting.decoder.sight == "block_causal":
@@ -291,12 +299,12 @@ def _keys(setting: Setting, start: Array, step: Array) -> Array:
     return fold(fold(setting.keys, start), step)
 
 
-def _rows(setting: Setting, state: Progress) -> Int32[Array, "batch block"]:
+def _rows(setting: Setting, state: DecodingState) -> Int32[Array, "batch block"]:
     """The slots of each row's block; the last block may reach beyond all slots."""
     return state.start[:, None] + jnp.arange(setting.decoder.block_length, dtype=jnp.int32)[None]
 
 
-def _masked(setting: Setting, state: Progress) -> Bool[Array, "batch block"]:
+def _masked(setting: Setting, state: DecodingState) -> Bool[Array, "batch block"]:
     """Where the block has tokens that are not known. Those of a prompt are, whatever they are."""
     rows = _rows(setting, state)
     inside = (rows >= setting.lengths[:, None]) & (rows < setting.end[:, None])

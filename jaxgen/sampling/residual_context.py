@@ -23,15 +23,31 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int8, PRNGKeyArray
 
 Weighting = Literal[
     "entropy", "confidence", "fixed", "one", "one_minus_entropy", "one_minus_confidence"
 ]
 Source = Literal["full", "top1"]
 Init = Literal["zero", "self", "reference", "dirichlet"]
+TableName = Literal["exact", "int8"]
 
 _TILE = 8192
+
+
+class Int8Table(NamedTuple):
+    """Embeddings as 8-bit integers, each row with a scale of its own.
+
+    Attributes:
+        codes: from -127 to 127.
+        scale: of each row, float32; codes times scale are the embeddings, to 0.4 % of the largest.
+    """
+
+    codes: Int8[Array, "vocabulary width"]
+    scale: Float[Array, " vocabulary"]
+
+
+type Table = Float[Array, "vocabulary width"] | Int8Table
 
 
 class Residual(NamedTuple):
@@ -53,7 +69,8 @@ class ResidualContext:
 
     Attributes:
         temperature: softens (above 1) or sharpens the prediction whose entropy is the weight
-            ("T_res"); positive. It never touches which tokens are committed.
+            ("T_res"); positive. Weights by confidence are of the tempered prediction, too; which
+            tokens are committed is not.
         weighting: "entropy" as above; the others are the paper's ablations (figure 5):
             "confidence" (largest probability), "fixed", "one", and one minus the first two.
         fixed_weight: the weight of "fixed".
@@ -64,6 +81,9 @@ class ResidualContext:
         init: the first step of a block, where there is no prediction yet: "zero", a plain step;
             "self", a plain pass of the model before it; "reference", a pass of another model;
             "dirichlet", a random prediction.
+        table: decoding reads the whole table of embeddings once a step, which is most of what RCD
+            costs. "int8" reads half as much, of a copy that is made when decoding starts; it
+            changes a vector by half a percent. Not for training.
         concentration: of the Dirichlet distribution, the same for all tokens. The paper does not
             give it: 1 is a guess.
 
@@ -79,9 +99,10 @@ class ResidualContext:
     temper_vector: bool = dataclasses.field(default=False, metadata={"static": True})
     skip_mask_token: bool = dataclasses.field(default=False, metadata={"static": True})
     init: Init = dataclasses.field(default="zero", metadata={"static": True})
+    table: TableName = dataclasses.field(default="exact", metadata={"static": True})
 
     def __post_init__(self):
-        names = {"weighting": Weighting, "source": Source, "init": Init}
+        names = {"weighting": Weighting, "source": Source, "init": Init, "table": TableName}
         for name, kind in names.items():
             value, allowed = getattr(self, name), get_args(kind)
             if value not in allowed:
@@ -96,7 +117,7 @@ class ResidualContext:
     def residual(
         self,
         logits: Float[Array, "*batch vocabulary"],
-        table: Float[Array, "vocabulary width"],
+        table: Table,
         mask_id: int,
     ) -> Residual:
         """Returns what predictions feed back.
@@ -104,7 +125,8 @@ class ResidualContext:
         Args:
             logits: of each position, any float dtype.
             table: input embeddings of the model that gets the residual. The product with them is
-                made in their dtype and summed in float32; gradients reach them.
+                made in their dtype (bfloat16 for those of `quantized_table`) and summed in float32;
+                gradients reach them.
             mask_id: row of the mask token.
         """
         statistics = _statistics(
@@ -114,10 +136,7 @@ class ResidualContext:
             temper_vector=self.temper_vector,
             skip=mask_id if self.skip_mask_token else None,
         )
-        if self.source == "top1":
-            vector = table[statistics.best].astype(jnp.float32)
-        else:
-            vector = statistics.vector
+        vector = _rows(table, statistics.best) if self.source == "top1" else statistics.vector
         entropy = jnp.clip(statistics.entropy / math.log(logits.shape[-1]), 0.0, 1.0)
         match self.weighting:
             case "entropy":
@@ -138,13 +157,20 @@ class ResidualContext:
         self,
         key: PRNGKeyArray,
         shape: tuple[int, ...],
-        table: Float[Array, "vocabulary width"],
+        table: Table,
         mask_id: int,
     ) -> Residual:
         """Returns what predictions drawn from a Dirichlet distribution feed back ("dirichlet")."""
         # The logarithms of gamma variables are logits of Dirichlet ones.
-        logits = jax.random.loggamma(key, self.concentration, (*shape, table.shape[0]))
+        logits = jax.random.loggamma(key, self.concentration, (*shape, _shape(table)[0]))
         return self.residual(logits, table, mask_id)
+
+
+def quantized_table(table: Float[Array, "vocabulary width"]) -> Int8Table:
+    """Returns embeddings as 8-bit integers, rounded to the nearest."""
+    wide = table.astype(jnp.float32)
+    scale = jnp.maximum(jnp.max(jnp.abs(wide), axis=1), 1e-30) / 127.0
+    return Int8Table(jnp.round(wide / scale[:, None]).astype(jnp.int8), scale)
 
 
 def no_residual(shape: tuple[int, ...], width: int) -> Residual:
@@ -181,14 +207,14 @@ class _Statistics(NamedTuple):
 
 def _statistics(
     logits: Array,
-    table: Array,
+    table: Table,
     temperature: float | Array,
     *,
     temper_vector: bool,
     skip: int | None,
 ) -> _Statistics:
     """Streams over tiles of the vocabulary; only the vector is of the prediction untempered."""
-    vocabulary, width = table.shape
+    vocabulary, width = _shape(table)
     batch = logits.shape[:-1]
     logits = logits.reshape(-1, vocabulary)
     if skip is not None:
@@ -205,8 +231,7 @@ def _statistics(
         # What is impossible (-inf) adds nothing; zero times its exponent would be no number.
         moments = soft * jnp.where(soft > 0, scaled, 0.0)
         chosen = soft if temper_vector else plain
-        rows = jax.lax.dynamic_slice_in_dim(table, start, size, axis=0)
-        part = jnp.dot(chosen.astype(rows.dtype), rows, preferred_element_type=jnp.float32)
+        part = _product(chosen, table, start, size)
         return (
             total + chosen.sum(axis=1),
             tempered + soft.sum(axis=1),
@@ -225,6 +250,27 @@ def _statistics(
         best.reshape(batch),
         (vector / total[:, None]).reshape(*batch, width),
     )
+
+
+def _shape(table: Table) -> tuple[int, ...]:
+    return (table.codes if isinstance(table, Int8Table) else table).shape
+
+
+def _rows(table: Table, tokens: Array) -> Array:
+    """Embeddings of tokens, float32."""
+    if isinstance(table, Int8Table):
+        return table.codes[tokens].astype(jnp.float32) * table.scale[tokens][..., None]
+    return table[tokens].astype(jnp.float32)
+
+
+def _product(weights: Array, table: Table, start: Array | int, size: int) -> Array:
+    """Weighted sums of a tile of embeddings, float32."""
+    cut = lambda array: jax.lax.dynamic_slice_in_dim(array, start, size, axis=0)
+    if isinstance(table, Int8Table):
+        weights, rows = weights * cut(table.scale)[None], cut(table.codes).astype(jnp.bfloat16)
+    else:
+        rows = cut(table)
+    return jnp.dot(weights.astype(rows.dtype), rows, preferred_element_type=jnp.float32)
 
 
 def _over_tiles(add: Callable[..., Any], sums: Any, length: int) -> Any:

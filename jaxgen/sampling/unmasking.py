@@ -28,7 +28,8 @@ class TokenChoice:
     Attributes:
         temperature: of the draw; 0 takes the likeliest token.
         top_p: draw from the likeliest tokens whose probabilities add up to this; None: from all.
-        top_k: draw from this many likeliest tokens; None: from all.
+        top_k: draw from this many likeliest tokens, more where some are equally likely; None: from
+            all.
         confidence: how sure a draw is: "max", the largest probability of the prediction (algorithm
             2 of arXiv:2601.22954), of tokens that may be drawn; "raw", the probability of the drawn
             token (LLaDA); "sampled", the same after temperature, top_k and top_p (SDAR). Greedy,
@@ -181,6 +182,7 @@ class Unmasking:
             quota = jnp.maximum(quota, 1)
         drawn = self.order == "random"
         rating = jax.random.uniform(key, confidence.shape) if drawn else confidence
+        rating = jnp.where(confidence < 0, confidence, rating)  # deferred tokens, in any order
         rating = jnp.where(masked, rating, _NEVER)
         # Ranks instead of a threshold, so that ties do not settle more than the quota.
         rank = jnp.argsort(jnp.argsort(-rating, stable=True), stable=True)
