@@ -26,16 +26,17 @@ def test_measures_every_method_with_and_without_rcd(monkeypatch, tmp_path):
     options = {"prompt_tokens": 6, "new_tokens": 4, "block_length": 2, "runs": 1}
     speed = Speed(methods=("block", "dual"), batches=(2,), output=output, **options)
     records = measure(speed)
-    assert [(r["method"], r["rcd"]) for r in records] == [
-        (method, rcd) for method in ("block", "dual") for rcd in (False, True)
+    assert [(r["method"], r["table"]) for r in records] == [
+        (method, table) for method in ("block", "dual") for table in (None, "exact", "int8")
     ]
     assert {record["steps"] for record in records} == {4}
-    for plain, rcd in zip(records[::2], records[1::2], strict=True):
+    for plain, *fed_back in (records[:3], records[3:]):
         assert plain["over_plain"] == 0
-        expected = rcd["ms_a_step"] / plain["ms_a_step"] - 1
-        assert rcd["over_plain"] == pytest.approx(expected, abs=1e-3)
+        for record in fed_back:
+            expected = record["ms_a_step"] / plain["ms_a_step"] - 1
+            assert record["over_plain"] == pytest.approx(expected, abs=1e-3)
     assert output.exists()
-    assert len(table(records).splitlines()) == 6
+    assert len(table(records).splitlines()) == 8
 
 
 def test_the_defaults_are_the_released_sizes():

@@ -111,7 +111,7 @@ def _draw(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 
 def measure(speed: Speed) -> list[Record]:
-    """Return a record for each method and batch, with and without RCD."""
+    """Return a record for each method and batch: plain, RCD, and RCD with a narrow table."""
     records: list[Record] = []
     model, loaded = None, ""
     for method in speed.methods:
@@ -122,7 +122,7 @@ def measure(speed: Speed) -> list[Record]:
         assert model is not None
         for batch in speed.batches:
             plain = None
-            for residual in (None, ResidualContext()):
+            for residual in (None, ResidualContext(), ResidualContext(table="int8")):
                 record = timed(speed, model, method, batch, residual)
                 plain = record["ms_a_step"] if plain is None else plain
                 record["over_plain"] = round(record["ms_a_step"] / plain - 1, 4)
@@ -160,6 +160,7 @@ def timed(
         "method": method,
         "batch": batch,
         "rcd": residual is not None,
+        "table": None if residual is None else residual.table,
         "prompt_tokens": speed.prompt_tokens,
         "new_tokens": speed.new_tokens,
         "block_length": speed.block_length,
@@ -176,7 +177,7 @@ def timed(
 def table(records: Sequence[Record]) -> str:
     """Return a Markdown table."""
     lines = [
-        "| model | cache | rows | RCD | a step | over plain | tokens/s |",
+        "| model | cache | rows | RCD, table | a step | over plain | tokens/s |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for record in records:
@@ -184,7 +185,7 @@ def table(records: Sequence[Record]) -> str:
             record["model"],
             record["method"],
             str(record["batch"]),
-            "yes" if record["rcd"] else "no",
+            record["table"] or "no",
             f"{record['ms_a_step']:.2f} ms",
             f"{record['over_plain']:+.1%}" if record["rcd"] else "",
             f"{record['tokens_per_second']:.0f}",
