@@ -26,9 +26,7 @@ def test_mask_follows_the_three_rules(half, block_length):
     np.testing.assert_array_equal(block_diffusion_mask(tokens, block_length), expected)
 
 
-@pytest.mark.parametrize(
-    ("half", "block_length", "chunk"), [(12, 3, 6), (11, 4, 4), (6, 8, 1)]
-)
+@pytest.mark.parametrize(("half", "block_length", "chunk"), [(12, 3, 6), (11, 4, 4), (6, 8, 1)])
 def test_agrees_with_one_dense_mask_in_output_and_gradients(half, block_length, chunk):
     shapes = [(2, 2 * half, heads, 8) for heads in (4, 2, 2)]
     arrays = [jax.random.normal(jax.random.key(n), shape) for n, shape in enumerate(shapes)]
