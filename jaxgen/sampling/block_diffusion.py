@@ -24,10 +24,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.core import Tracer
 from jaxtyping import Array, Bool, Int, Int32
 
 from jaxgen.models.diffusion_lm import DiffusionLM
+from jaxgen.sampling.block_arguments import (
+    check_decoder,
+    check_prompts,
+    check_reference,
+    checked_lengths,
+    checked_seeds,
+)
 from jaxgen.sampling.block_decoder import BlockDiffusion
 from jaxgen.sampling.block_passes import DecodingState, Setting, first_state, last_slots, one_pass
 from jaxgen.sampling.residual_context import Int8Table, quantized_table
@@ -152,59 +158,11 @@ def _start(
 ) -> tuple[Setting, DecodingState]:
     """Checks a call and makes the state before its first step."""
     prompts = jnp.asarray(prompts)
-    if prompts.ndim != 2 or not jnp.issubdtype(prompts.dtype, jnp.integer):
-        raise ValueError(
-            f"prompts must be ids (batch, tokens), got {prompts.dtype} of shape {prompts.shape}"
-        )
-    if not isinstance(new_tokens, int) or new_tokens < 1:
-        raise ValueError(f"new_tokens must be a positive int, got {new_tokens!r}")
-    batch, longest = prompts.shape
-    lengths = jnp.full(batch, longest) if lengths is None else jnp.asarray(lengths)
-    if lengths.shape != (batch,):
-        raise ValueError(f"lengths must have shape ({batch},), got {lengths.shape}")
-    if not isinstance(lengths, Tracer) and batch:
-        low, high = int(lengths.min()), int(lengths.max())
-        if low < 0 or high > longest:
-            raise ValueError(f"lengths must be from 0 to {longest}, got {low} to {high}")
-    if not isinstance(prompts, Tracer) and prompts.size:
-        low, high = int(prompts.min()), int(prompts.max())
-        if low < 0 or high >= model.config.vocabulary_size:
-            raise ValueError(
-                f"prompts must be ids below {model.config.vocabulary_size}, got {low} to {high}"
-            )
-    if isinstance(seeds, int) and not 0 <= seeds < 2**32:
-        raise ValueError(f"seeds must be from 0 to 2**32 - 1, got {seeds}")
-    seeds = jnp.asarray(seeds, jnp.uint32)
-    seeds = seeds + jnp.arange(batch, dtype=jnp.uint32) if seeds.ndim == 0 else seeds
-    if seeds.shape != (batch,):
-        raise ValueError(f"seeds must be an int or have shape ({batch},), got {seeds.shape}")
-    wants = decoder.residual is not None and decoder.residual.init == "reference"
-    if wants and reference is None:
-        raise ValueError('init="reference" needs a reference model, got reference=None')
-    if reference is not None and not wants:
-        given = None if decoder.residual is None else decoder.residual.init
-        raise ValueError(f'a reference model is for init="reference" only, got init={given!r}')
-    if reference is not None:
-        sizes = (model.config.vocabulary_size, model.config.mask_id)
-        others = (reference.config.vocabulary_size, reference.config.mask_id)
-        if others != sizes:
-            raise ValueError(
-                "the reference model must have the vocabulary_size and mask_id of the model, "
-                f"{sizes}, got {others}"
-            )
-    config, choice = model.config, decoder.choice
-    ids = {"stop_ids": decoder.stop_ids, "pad_id": (decoder.pad_id,)}
-    ids |= {"forbidden": choice.forbidden, "deferred": choice.deferred}
-    for name, values in ids.items():
-        if not all(0 <= value < config.vocabulary_size for value in values):
-            raise ValueError(f"{name} must be below {config.vocabulary_size}, got {values}")
-    if config.mask_id in (decoder.pad_id, *decoder.stop_ids):
-        raise ValueError(f"pad_id and stop_ids must not be the mask token, {config.mask_id}")
-    if len({config.mask_id, *choice.forbidden}) == config.vocabulary_size:
-        raise ValueError(
-            f"forbidden must leave one of {config.vocabulary_size} tokens besides the mask to "
-            f"draw, got {len(choice.forbidden)} tokens"
-        )
+    check_prompts(prompts, new_tokens, model.config)
+    check_decoder(decoder, model.config)
+    check_reference(decoder, model.config, None if reference is None else reference.config)
+    lengths = checked_lengths(lengths, prompts)
+    seeds = checked_seeds(seeds, len(prompts))
     graph, state = nnx.split(model)
     reference_graph, reference_state = (None, None) if reference is None else nnx.split(reference)
     narrow_table = None
@@ -214,12 +172,12 @@ def _start(
         graph=graph,
         reference_graph=reference_graph,
         new_tokens=new_tokens,
-        mask_id=config.mask_id,
+        mask_id=model.config.mask_id,
         state=state,
         reference_state=reference_state,
         decoder=decoder,
-        lengths=lengths.astype(jnp.int32),
-        end=last_slots(lengths.astype(jnp.int32), decoder, new_tokens),
+        lengths=lengths,
+        end=last_slots(lengths, decoder, new_tokens),
         keys=jax.vmap(jax.random.key)(seeds),
         narrow_table=narrow_table,
     )

@@ -460,3 +460,26 @@ def test_a_quantized_table_changes_vectors_by_a_percent_and_weights_not_at_all(v
     np.testing.assert_array_equal(narrow.weight, exact.weight)
     error = np.linalg.norm(narrow.vector - exact.vector) / np.linalg.norm(exact.vector)
     assert 1e-5 < error < 0.01
+
+
+def test_one_product_gives_what_tiles_give(monkeypatch):
+    context, table, logits = ResidualContext(), table_of(2 * TILE + 5), logits_of(3, 2 * TILE + 5)
+    tiles = residual(context, logits, table)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # where tiles would be copied
+    whole = jax.jit(lambda logits, table: context.residual(logits, table, MASK))(logits, table)
+    np.testing.assert_allclose(whole.weight, tiles.weight, rtol=1e-5)
+    np.testing.assert_allclose(whole.vector, tiles.vector, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_on_a_gpu(dtype, narrow):
+    table = jnp.asarray(table_of(20_000, width=256), dtype)
+    logits = jnp.asarray(logits_of(70, 20_000))
+    weight, vector = dense(ResidualContext(), np.asarray(logits), np.asarray(table, np.float32))
+    given = quantized_table(table) if narrow else table
+    found = residual(ResidualContext(), logits, given)
+    np.testing.assert_allclose(found.weight, weight, atol=1e-5)
+    error = np.linalg.norm(found.vector - vector) / np.linalg.norm(vector)
+    assert error < (0.01 if narrow else 0.005)
