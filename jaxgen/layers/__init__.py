@@ -11,6 +11,13 @@ from jaxgen.layers.block_diffusion_attention import (
     block_diffusion_attention as block_diffusion_attention,
 )
 from jaxgen.layers.block_diffusion_attention import block_diffusion_mask as block_diffusion_mask
+from jaxgen.layers.decoder_block import Attend as Attend
+from jaxgen.layers.decoder_block import DecoderBlock as DecoderBlock
+from jaxgen.layers.decoder_block import DecoderShape as DecoderShape
+from jaxgen.layers.decoder_block import GroupedQueryAttention as GroupedQueryAttention
+from jaxgen.layers.decoder_block import SwiGLU as SwiGLU
+from jaxgen.layers.decoder_block import linear_of as linear_of
+from jaxgen.layers.decoder_block import norm_of as norm_of
 from jaxgen.layers.embeddings import PatchEmbedding as PatchEmbedding
 from jaxgen.layers.embeddings import PositionTable as PositionTable
 from jaxgen.layers.embeddings import TimestepTextEmbedding as TimestepTextEmbedding

@@ -55,7 +55,7 @@ def exact_attention(
     """`jax.nn.dot_product_attention`, that of cuDNN where XLA's would store many scores.
 
     XLA writes an array of queries x keys for each head. On GPUs, in 16 bits and with query, key and
-    value alone, cuDNN needs none; small calls stay with XLA.
+    value alone or a causal mask, cuDNN needs none; small calls stay with XLA.
 
     Args:
         query: any float dtype.
@@ -65,8 +65,9 @@ def exact_attention(
         mask: True where a query may see a key.
         **options: the others of `jax.nn.dot_product_attention`.
     """
-    if bias is None and mask is None and not options and _many_scores(query, key):
-        options = {"implementation": "cudnn"}
+    plain = bias is None and mask is None and options.keys() <= {"is_causal"}
+    if plain and _many_scores(query, key):
+        options |= {"implementation": "cudnn"}
     with jax.numpy_dtype_promotion("standard"):  # it relies on it for 16 bits
         return jax.nn.dot_product_attention(query, key, value, bias, mask, **options)
 

@@ -14,6 +14,9 @@ from jaxgen.models.clip_text import CLIPTextOutput as CLIPTextOutput
 from jaxgen.models.diffusion_lm import DIFFUSION_LM_PRESETS as DIFFUSION_LM_PRESETS
 from jaxgen.models.diffusion_lm import DiffusionLM as DiffusionLM
 from jaxgen.models.diffusion_lm import DiffusionLMConfig as DiffusionLMConfig
+from jaxgen.models.language_model import LANGUAGE_MODEL_PRESETS as LANGUAGE_MODEL_PRESETS
+from jaxgen.models.language_model import LanguageModel as LanguageModel
+from jaxgen.models.language_model import LanguageModelConfig as LanguageModelConfig
 from jaxgen.models.mmdit import MMDIT_PRESETS as MMDIT_PRESETS
 from jaxgen.models.mmdit import MMDiT as MMDiT
 from jaxgen.models.mmdit import MMDiTBlock as MMDiTBlock

@@ -12,41 +12,20 @@ logits stay float32: in bfloat16 two likely tokens would often be equal.
 """
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from jaxgen.layers import (
-    AttentionName,
-    KeyValues,
-    RMSNorm,
-    Rotary,
-    attention_function,
-    rotate_halves,
-    scan_blocks,
-    text_rotary,
-)
-from jaxgen.models.fields import (
-    require_bool,
-    require_divides,
-    require_positive,
-    set_float_dtypes,
-)
-
-type Attend = Callable[[Array, Array, Array], Array]
-"""`attend(query, key, value)`: arrays (batch, tokens, heads, head_dim), perhaps fewer key heads."""
+from jaxgen.layers import Attend, AttentionName, KeyValues, attention_function
+from jaxgen.models.decoder_stack import DecoderStack, check_stack
+from jaxgen.models.fields import require_bool
 
 type Cache = tuple[KeyValues, ...]
 """Keys and values of every block, (batch, slots, kv_heads, head_dim), keys after their rotation."""
-
-_INIT = nnx.initializers.normal(0.02)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,17 +77,8 @@ class DiffusionLMConfig:
     param_dtype: DTypeLike = jnp.float32
 
     def __post_init__(self):
-        require_positive(self, "num_layers", "width", "num_heads", "num_kv_heads", "head_dim")
-        require_positive(self, "ffn_dim", "vocabulary_size", "max_tokens")
-        require_divides(self, "num_kv_heads", "num_heads")
-        require_bool(self, "qk_norm", "tied", "remat", "scan")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even, got {self.head_dim}")
-        for name in ("rope_theta", "eps"):
-            value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not 0 < value < math.inf:
-                raise ValueError(f"{name} must be a positive finite number, got {value!r}")
+        check_stack(self)
+        require_bool(self, "remat")
         mask = self.mask_id
         if not isinstance(mask, int) or isinstance(mask, bool):
             raise ValueError(f"mask_id must be an int, got {mask!r}")
@@ -116,121 +86,19 @@ class DiffusionLMConfig:
             raise ValueError(
                 f"mask_id must be a token, below vocabulary_size={self.vocabulary_size}, got {mask}"
             )
-        attention_function(self.attention)
-        set_float_dtypes(self)
 
 
-class GroupedQueryAttention(nnx.Module):
-    """Attention whose groups of query heads share keys and values (arXiv:2305.13245).
-
-    Args:
-        config: the model's configuration.
-    """
-
-    def __init__(self, config: DiffusionLMConfig, *, rngs: nnx.Rngs):
-        queries, keys = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
-        self.head_dim = config.head_dim
-        self.query = _linear(config.width, queries, config, rngs)
-        self.key = _linear(config.width, keys, config, rngs)
-        self.value = _linear(config.width, keys, config, rngs)
-        self.output = _linear(queries, config.width, config, rngs)
-        norm = lambda: _norm(config.head_dim, config) if config.qk_norm else None
-        self.query_norm, self.key_norm = norm(), norm()
-
-    def split(
-        self, x: Float[Array, "batch tokens width"], rotary: Rotary
-    ) -> tuple[Float[Array, "batch tokens heads head_dim"], KeyValues]:
-        """Returns the queries, and the keys and values, in heads, rotated."""
-        query, key, value = (
-            projection(x).reshape(*x.shape[:2], -1, self.head_dim)
-            for projection in (self.query, self.key, self.value)
-        )
-        if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
-        return rotate_halves(query, rotary), KeyValues(rotate_halves(key, rotary), value)
-
-    def merge(
-        self, heads: Float[Array, "batch tokens heads head_dim"]
-    ) -> Float[Array, "batch tokens width"]:
-        """Joins the heads and projects them."""
-        return self.output(heads.reshape(*heads.shape[:2], -1))
-
-
-class SwiGLU(nnx.Module):
-    """Linear, SiLU, times another linear, then a third (Shazeer 2020, arXiv:2002.05202).
-
-    Args:
-        config: the model's configuration.
-    """
-
-    def __init__(self, config: DiffusionLMConfig, *, rngs: nnx.Rngs):
-        self.gate = _linear(config.width, config.ffn_dim, config, rngs)
-        self.up = _linear(config.width, config.ffn_dim, config, rngs)
-        self.down = _linear(config.ffn_dim, config.width, config, rngs)
-
-    def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
-        """Applies the branch to each token."""
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
-
-
-class DiffusionLMBlock(nnx.Module):
-    """Pre-norm attention and feed-forward, both residual.
-
-    Args:
-        config: the model's configuration.
-    """
-
-    def __init__(self, config: DiffusionLMConfig, *, rngs: nnx.Rngs):
-        self.attention_norm = _norm(config.width, config)
-        self.attention = GroupedQueryAttention(config, rngs=rngs)
-        self.mlp_norm = _norm(config.width, config)
-        self.mlp = SwiGLU(config, rngs=rngs)
-
-    def __call__(
-        self, x: Float[Array, "batch tokens width"], rotary: Rotary, attend: Attend
-    ) -> Float[Array, "batch tokens width"]:
-        """Applies both branches."""
-        query, keys = self.attention.split(self.attention_norm(x), rotary)
-        x = x + self.attention.merge(attend(query, *keys))
-        return x + self.mlp(self.mlp_norm(x))
-
-    def cached(
-        self,
-        x: Float[Array, "batch active width"],
-        rotary: Rotary,
-        attend: Attend,
-        rows: Int32[Array, "batch active"],
-        cache: KeyValues,
-    ) -> tuple[Float[Array, "batch active width"], KeyValues]:
-        """Applies both branches; `attend` gets the cache with what is new written to `rows`."""
-        query, keys = self.attention.split(self.attention_norm(x), rotary)
-        cache = cache.updated(rows, keys)
-        x = x + self.attention.merge(attend(query, *(a.astype(query.dtype) for a in cache)))
-        return x + self.mlp(self.mlp_norm(x)), cache
-
-
-class DiffusionLM(nnx.Module):
+class DiffusionLM(DecoderStack):
     """Predicts the token of every position from all positions that it may see, without a shift.
 
     Args:
         config: shape and arithmetic.
     """
 
+    config: DiffusionLMConfig
+
     def __init__(self, config: DiffusionLMConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        self.embedding = nnx.Embed(
-            config.vocabulary_size,
-            config.width,
-            embedding_init=_INIT,
-            dtype=config.dtype,
-            param_dtype=config.param_dtype,
-            rngs=rngs,
-        )
-        blocks = [DiffusionLMBlock(config, rngs=rngs) for _ in range(config.num_layers)]
-        self.blocks = nnx.List(blocks)
-        self.final_norm = _norm(config.width, config)
-        head = None if config.tied else _linear(config.width, config.vocabulary_size, config, rngs)
-        self.head = head
+        super().__init__(config, rngs=rngs)
 
     def __call__(
         self,
@@ -257,14 +125,6 @@ class DiffusionLM(nnx.Module):
         """
         return self.logits(self.hidden(inputs, positions, mask, attend=attend))
 
-    def embed(self, tokens: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens width"]:
-        """Returns the input embeddings of ids, in the computation dtype."""
-        return self.embedding(tokens)
-
-    def input_table(self) -> Float[Array, "vocabulary width"]:
-        """Returns the input embeddings of all tokens, in the computation dtype."""
-        return self.embedding.embedding[...].astype(self.config.dtype)
-
     def hidden(
         self,
         inputs: Int[Array, "batch tokens"] | Float[Array, "batch tokens width"],
@@ -279,15 +139,13 @@ class DiffusionLM(nnx.Module):
         x = self._embedded(inputs)
         if positions is None:
             positions = jnp.arange(x.shape[1])[None]
-        rotary, attend = self._rotary(positions), attend or self._attend(mask)
-        run = lambda layer, x: layer(x, rotary, attend)
-        run = _recomputed(run) if self.config.remat else run
-        if self.config.scan:
-            x = scan_blocks(self.blocks, run, x)
-        else:
-            for layer in self.blocks:
-                x = run(layer, x)
-        return self.final_norm(x)
+        return self.run(
+            x,
+            self.rotary(positions),
+            attend or self._attend(mask),
+            recompute=self.config.remat,
+            scan=self.config.scan,
+        )
 
     def cached(
         self,
@@ -309,7 +167,7 @@ class DiffusionLM(nnx.Module):
             The tokens after the final norm, and the cache with theirs in place.
         """
         x = self._embedded(inputs)
-        rotary, attend = self._rotary(rows), self._attend(mask)
+        rotary, attend = self.rotary(rows), self._attend(mask)
         written = []
         for layer, keys in zip(self.blocks, cache, strict=True):
             x, keys = layer.cached(x, rotary, attend, rows, keys)
@@ -323,17 +181,6 @@ class DiffusionLM(nnx.Module):
         zeros = lambda: jnp.zeros(shape, config.dtype if dtype is None else dtype)
         return tuple(KeyValues(zeros(), zeros()) for _ in range(config.num_layers))
 
-    def logits(self, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch vocabulary"]:
-        """Returns the float32 logits of tokens after the final norm."""
-        table = self.embedding.embedding if self.head is None else self.head.kernel
-        axis = 1 if self.head is None else 0
-        return jax.lax.dot_general(
-            hidden,
-            table[...].astype(hidden.dtype),
-            (((hidden.ndim - 1,), (axis,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )
-
     def _embedded(self, inputs: Array) -> Array:
         """Returns ids as embeddings, and embeddings in the computation dtype."""
         if inputs.ndim == 2 and jnp.issubdtype(inputs.dtype, jnp.integer):
@@ -345,36 +192,11 @@ class DiffusionLM(nnx.Module):
             )
         return inputs.astype(self.config.dtype)
 
-    def _rotary(self, positions: Array) -> Rotary:
-        return text_rotary(positions, self.config.head_dim, max_period=self.config.rope_theta)
-
     def _attend(self, mask: Array | None) -> Attend:
         attention = attention_function(self.config.attention)
         if mask is None:
             return attention
         return lambda query, key, value: attention(query, key, value, mask=mask[:, None])
-
-
-def _recomputed(run: Callable[[Any, Array], Array]) -> Callable[[Any, Array], Array]:
-    """Makes what runs a block keep only its input for the backward pass.
-
-    Not `nnx.remat`, which refuses blocks whose weights are constants of the gradient.
-    """
-
-    def recompute(layer: nnx.Module, x: Array) -> Array:
-        graph, state = nnx.split(layer)
-        return jax.checkpoint(lambda state, x: run(nnx.merge(graph, state), x))(state, x)
-
-    return recompute
-
-
-def _norm(dim: int, config: DiffusionLMConfig) -> RMSNorm:
-    return RMSNorm(dim, epsilon=config.eps, param_dtype=config.param_dtype)
-
-
-def _linear(width_in: int, width_out: int, config: DiffusionLMConfig, rngs: nnx.Rngs) -> nnx.Linear:
-    options: dict[str, Any] = {"dtype": config.dtype, "param_dtype": config.param_dtype}
-    return nnx.Linear(width_in, width_out, use_bias=False, kernel_init=_INIT, **options, rngs=rngs)
 
 
 _LLADA = DiffusionLMConfig(

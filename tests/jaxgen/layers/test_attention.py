@@ -34,21 +34,24 @@ def test_attention_names():
         ({"shape": (1, 2048, 4, 256)}, None),
         ({"mask": jnp.ones((1, 1, 1, 2048), jnp.bool_)}, None),
         ({"backend": "cpu"}, None),
+        ({"keywords": {"is_causal": True}}, "cudnn"),
+        ({"keywords": {"is_causal": True, "scale": 0.5}}, None),
     ],
 )
 def test_exact_attention_is_that_of_cudnn_where_scores_are_many(
     monkeypatch, changes, implementation
 ):
     options = {"shape": (1, 2048, 4, 64), "dtype": jnp.bfloat16, "mask": None, "backend": "gpu"}
-    options |= changes
+    options |= {"keywords": {}} | changes
     called = []
     monkeypatch.setattr(jax, "default_backend", lambda: options["backend"])
     monkeypatch.setattr(
         jax.nn, "dot_product_attention", lambda *_, **keywords: called.append(keywords)
     )
     x = jnp.zeros(options["shape"], options["dtype"])
-    exact_attention(x, x, x, mask=options["mask"])
-    assert called == [{"implementation": implementation} if implementation else {}]
+    exact_attention(x, x, x, mask=options["mask"], **options["keywords"])
+    chosen = {"implementation": implementation} if implementation else {}
+    assert called == [options["keywords"] | chosen]
 
 
 def test_exact_attention_takes_what_that_of_jax_takes():
