@@ -191,8 +191,11 @@ def _summary(row: Row) -> dict[str, str]:
     shown = {}
     if row["loss"] is not None:
         shown["loss"] = f"{row['loss']:.4f}"
-    if row["examples_per_second"] is not None:
-        shown["examples/s"] = f"{row['examples_per_second']:.0f}"
+    for name, value in row.items():
+        if name.endswith("_per_second") and value is not None:
+            shown[f"{name.removesuffix('_per_second')}/s"] = f"{value:,.0f}"
+    if row.get("mfu") is not None:
+        shown["MFU"] = f"{row['mfu']:.1%}"
     if row["skipped"]:
         shown["skipped"] = str(row["skipped"])
     return shown

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 type Row = dict[str, Any]
@@ -82,12 +83,15 @@ class Meter:
     under `paused`.
 
     Args:
-        batch_size: Pictures a step, for the speed.
+        batch_size: Examples a step, for the speed.
         every: Steps a row.
+        per_example: Other speeds by name: how much of it an example a second is.
     """
 
-    def __init__(self, batch_size: int, every: int):
-        self._batch_size, self._every = batch_size, every
+    def __init__(
+        self, batch_size: int, every: int, per_example: Mapping[str, float] = MappingProxyType({})
+    ):
+        self._batch_size, self._every, self._per_example = batch_size, every, dict(per_example)
         self._steps: list[Mapping[str, float]] = []
         self._clock: float | None = None
         self._timed_steps = 0
@@ -113,7 +117,8 @@ class Meter:
             row[name] = _finite_mean([metrics[name] for metrics in self._steps])
         elapsed = now - self._clock
         speed = self._timed_steps * self._batch_size / elapsed if elapsed > 0 else 0.0
-        row["examples_per_second"] = speed if self._timed_steps else None
+        for name, share in {"examples_per_second": 1.0, **self._per_example}.items():
+            row[name] = speed * share if self._timed_steps else None
         self._steps, self._clock, self._timed_steps = [], now, 0
         return row
 

@@ -48,6 +48,8 @@ class Plan:
         trained: Names of those that are trained.
         loss: Gets the trained arrays and the others.
         optimizer: Made for a learning rate.
+        accumulate: Parts of a batch that are computed one after the other.
+        per_example: Speeds to report besides examples a second, see `train.metrics.Meter`.
     """
 
     title: str
@@ -57,6 +59,8 @@ class Plan:
     trained: frozenset[str]
     loss: Loss
     optimizer: Callable[[optax.Schedule], optax.GradientTransformation]
+    accumulate: int = 1
+    per_example: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +156,13 @@ def carry_out(
 
     shapes = jax.eval_shape(initialize, dict(plan.shapes), seed)
     shardings = state_shardings(shapes, mesh)
-    step = make_train_step(plan.loss, optimizer, learning_rate=rate, ema_decay=config.ema_decay)
+    step = make_train_step(
+        plan.loss,
+        optimizer,
+        learning_rate=rate,
+        ema_decay=config.ema_decay,
+        accumulate=plan.accumulate,
+    )
     train_step = jax.jit(
         step,
         in_shardings=(shardings, jax.NamedSharding(mesh, BATCH_SPEC)),
@@ -203,7 +213,7 @@ def carry_out(
                     deadline=None if limit is None else started + limit,
                 ),
                 checkpoints=checkpoints,
-                meter=Meter(config.batch_size, config.log_every),
+                meter=Meter(config.batch_size, config.log_every, plan.per_example),
                 writers=writers,
                 hooks=[
                     loop.Hook(

@@ -139,6 +139,7 @@ def make_train_step(
     *,
     learning_rate: optax.Schedule,
     ema_decay: float,
+    accumulate: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Return the function of one update, to be compiled by the caller.
 
@@ -151,11 +152,16 @@ def make_train_step(
         optimizer: Applied to the gradients of `params`.
         learning_rate: Reported in the metrics; the one that `optimizer` was built with.
         ema_decay: Largest decay of the average, in [0, 1).
+        accumulate: Parts of a batch that are computed one after the other, to need less memory;
+            divides its rows. The loss is the mean of their losses.
     """
+    differentiate = jax.value_and_grad(loss)
+    if accumulate > 1:
+        differentiate = _accumulated(differentiate, accumulate)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-        value, gradients = jax.value_and_grad(loss)(state.params, state.frozen, batch, key)
+        value, gradients = differentiate(state.params, state.frozen, batch, key)
         norm = _global_norm(gradients)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
 
@@ -192,6 +198,27 @@ def make_train_step(
         return new_state, metrics
 
     return train_step
+
+
+def _accumulated(differentiate: Callable[..., Any], parts: int) -> Callable[..., Any]:
+    """Makes a function that differentiates a loss go through a batch in parts."""
+
+    def run(params: Arrays, frozen: Arrays, batch: Batch, key: PRNGKeyArray) -> Any:
+        # Neighboring rows go to different parts: each part lies on all devices, as the batch does.
+        cut = lambda rows: jnp.swapaxes(rows.reshape(-1, parts, *rows.shape[1:]), 0, 1)
+
+        def add(sums: Any, part: tuple[Array, Batch]) -> tuple[Any, None]:
+            number, rows = part
+            found = differentiate(params, frozen, rows, jax.random.fold_in(key, number))
+            return jax.tree.map(lambda a, b: a + b.astype(a.dtype) / parts, sums, found), None
+
+        zeros = jax.tree.map(lambda array: jnp.zeros(array.shape, jnp.float32), params)
+        sums, _ = jax.lax.scan(
+            add, (jnp.float32(0), zeros), (jnp.arange(parts), jax.tree.map(cut, dict(batch)))
+        )
+        return sums
+
+    return run
 
 
 def _global_norm(gradients: Arrays) -> Float[Array, ""]:

@@ -1,0 +1,148 @@
+"""Pretrain a language model: `python -m train.language_model --help`.
+
+A run lives in one folder: `config.json`, `metrics.jsonl`, `validation.jsonl`, `checkpoints/` and,
+at the end, `export/`. Running the same command again resumes from the newest checkpoint, exactly;
+SIGINT and SIGTERM save one first.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxgen.models import LanguageModel
+from train import run_folder
+from train.corpus import Batches, Documents
+from train.language_model_config import Config
+from train.language_model_parts import (
+    make_loss,
+    make_tokenizer,
+    model_config,
+    open_documents,
+    save_export,
+    validate,
+)
+from train.metrics import JsonLines, Row, final_loss, read_rows
+from train.run import Finished, Hook, Plan, as_command, carry_out, mesh_of, parse, printer
+from train.state import Arrays, make_optimizer, take_apart
+
+
+def train(
+    config: Config,
+    *,
+    documents: Documents | None = None,
+    on_row: Callable[[Row], None] | None = None,
+    show_progress: bool = True,
+) -> Finished:
+    """Train, resuming if the folder holds a run, and export unless a signal arrived.
+
+    Args:
+        config: The experiment.
+        documents: The text as tokens of the configured tokenizer; what the options say by default.
+        on_row: Called with each row of metrics as it is written.
+        show_progress: Say what happens and show a progress bar, on stderr.
+
+    Raises:
+        ValueError: The batch does not fit the devices, the text is no text, or the folder holds a
+            run with another configuration or of another text.
+        FloatingPointError: `config.skips_in_a_row` updates in a row were not finite.
+        NotImplementedError: JAX was started with several processes.
+    """
+    mesh = mesh_of(config)  # refuses before anything is made
+    if config.batch_size % (mesh.size * config.accumulate):
+        raise ValueError(
+            "batch_size must be a multiple of the number of devices times accumulate, got "
+            f"batch_size={config.batch_size}, {mesh.size} devices and "
+            f"accumulate={config.accumulate}"
+        )
+    say, tokenizer = printer(show_progress), make_tokenizer(config)
+    documents = open_documents(config, tokenizer) if documents is None else documents
+    learned = documents.part("train", config.held_out)
+    say(f"{learned.token_count:,} tokens of {len(learned):,} documents to learn from")
+    shape = model_config(config, tokenizer.size)
+    build = lambda: LanguageModel(shape, rngs=nnx.Rngs(config.seed))
+    skeleton, shapes = take_apart(nnx.eval_shape(build))
+    operations = 3 * shape.operations(config.context)
+    plan = Plan(
+        title=f"{config.model}, {config.attention} attention",
+        skeleton=skeleton,
+        shapes=shapes,
+        make=lambda: take_apart(build())[1],
+        trained=skeleton.trained,
+        loss=make_loss(skeleton, across_documents=config.across_documents, chunk=config.chunk),
+        optimizer=functools.partial(
+            make_optimizer,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            gradient_clip=config.gradient_clip,
+        ),
+        accumulate=config.accumulate,
+        per_example={
+            "tokens_per_second": config.context,
+            "mfu": operations / (config.peak_teraflops * 1e12 * mesh.size),
+        },
+    )
+    stream = Batches(
+        learned,
+        context=config.context,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        split=not config.whole_documents,
+    )
+
+    def check(step: int, arrays: Arrays) -> None:
+        held_out = documents.part("validation", config.held_out)
+        arrays = jax.device_put({name: arrays[name] for name in skeleton.names})
+        writer = JsonLines(config.output / "validation.jsonl", step - 1)
+        writer.write({"step": step} | validate(skeleton, config, arrays, held_out))
+        writer.close()
+
+    result = carry_out(
+        config,
+        plan,
+        stream,
+        hooks=[Hook(config.validate_every, check)],
+        on_row=on_row,
+        show_progress=show_progress,
+    )
+    export = result.folder / "export"
+    made_steps = result.step > result.first_step
+    if result.stopped in ("finished", "time limit") and (made_steps or not export.exists()):
+        model = skeleton.join(jax.device_put(result.arrays))
+        save_export(export, model, make_card(config, result, learned), config.export_dtype)
+        say(f"exported {export}")
+    return result
+
+
+def make_card(config: Config, result: Finished, documents: Documents) -> dict[str, Any]:
+    """Return the model card: what was trained on what, how, how long, and the losses it reached."""
+    validation = read_rows(result.folder / "validation.jsonl")
+    return {
+        "name": config.model,
+        "task": "language-model",
+        "data": "Python source" if config.data is None else config.data.name,
+        "corpus": documents.digest,
+        "tokens": documents.token_count,
+        "tokens_seen": result.step * config.batch_size * config.context,
+        "steps": result.step,
+        "command": config.command(),
+        "config": run_folder.to_json(config),
+        "final_loss": final_loss(result.rows),
+        "validation": validation[-1] if validation else None,
+        "updates_skipped": result.rows[-1]["skipped"] if result.rows else 0,
+        "hardware": f"{result.devices} x {jax.devices()[0].device_kind}",
+        "jax": jax.__version__,
+        "seconds": round(result.seconds, 1),
+    }
+
+
+def main() -> None:
+    """Parse the command line and train; the exit code tells how it ended, see `run.as_command`."""
+    config = parse(Config)
+    as_command(lambda: train(config).stopped)
+
+
+if __name__ == "__main__":
+    main()
