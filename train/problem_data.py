@@ -103,10 +103,18 @@ def make_table(
     Raises:
         ValueError: an argument out of range.
     """
+    return _table(task, tuple(levels), count, split, seed, workers)
+
+
+@functools.lru_cache(maxsize=4)  # an experiment trains many models on the same problems
+def _table(
+    task: str, levels: tuple[int, ...], count: int, split: str, seed: int, workers: int
+) -> Table:
+    """Makes a table, or returns the one that was made before."""
     layout = Layout.of(task, levels)
     if count < 1:
         raise ValueError(f"count must be positive, got {count}")
-    make = functools.partial(_make, task, tuple(levels), split, seed)
+    make = functools.partial(_make, task, levels, split, seed)
     if workers:
         # Not forked: JAX has threads.
         context = multiprocessing.get_context("spawn")
