@@ -18,7 +18,6 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
@@ -28,7 +27,7 @@ from jaxgen.checkpoints.diffusion_lm_configs import (
     diffusion_lm_config_to_json,
 )
 from jaxgen.checkpoints.files import write_atomically
-from jaxgen.checkpoints.flat import export_flat, fill, flat_shapes
+from jaxgen.checkpoints.flat import UnreadArray, export_flat, fill, flat_shapes
 from jaxgen.checkpoints.placement import Placement, Progress
 from jaxgen.checkpoints.safetensors_files import check_arrays, load_safetensors, save_safetensors
 from jaxgen.layers import AttentionName
@@ -244,22 +243,14 @@ def save_diffusion_lm_folder(
     folder.mkdir(parents=True, exist_ok=True)
     variables = nnx.to_flat_state(nnx.state(model))
     paths = {".".join(map(str, position)): variable for position, variable in variables}
-    arrays = {_key(path, model.config): _Unread(variable, path) for path, variable in paths.items()}
+    turn = lambda path: lambda array: _turn(path, array)
+    arrays = {
+        _key(path, model.config): UnreadArray(variable, _turn(path, variable.shape), turn(path))
+        for path, variable in paths.items()
+    }
     metadata = {"format": "pt"}
     save_safetensors(folder / _WEIGHTS, arrays, metadata, max_shard_bytes=max_shard_bytes)
     write_atomically(folder / "config.json", [text.encode()])
-
-
-class _Unread:
-    """One of a model's arrays in their layout, which leaves its devices when it is used."""
-
-    def __init__(self, variable: nnx.Variable, path: str):
-        self.shape, self.dtype = _turn(path, variable.shape), variable.dtype
-        self._variable, self._path = variable, path
-
-    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
-        # An array of JAX keeps what it was once converted to, so another one is converted.
-        return _turn(self._path, np.asarray(jnp.array(self._variable[...]), dtype))
 
 
 def _key(path: str, config: DiffusionLMConfig) -> str:

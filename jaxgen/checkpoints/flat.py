@@ -8,13 +8,37 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from jaxgen.checkpoints.placement import Placement, Progress, choose_sharding, place, reporting
 from jaxgen.checkpoints.safetensors_files import check_arrays
 from jaxgen.checkpoints.safetensors_format import num_bytes
 from jaxgen.layers import Settings
+
+
+class UnreadArray:
+    """A variable in another layout, which leaves its devices when it is used: to be saved.
+
+    Attributes:
+        shape: its shape there.
+        dtype: its dtype.
+    """
+
+    def __init__(
+        self,
+        variable: nnx.Variable,
+        shape: tuple[int, ...],
+        turn: Callable[[np.ndarray], np.ndarray],
+    ):
+        self.shape, self.dtype = shape, variable.dtype
+        self._variable, self._turn = variable, turn
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
+        # An array of JAX keeps what it was once converted to, so another one is converted.
+        return self._turn(np.asarray(jnp.array(self._variable[...]), dtype))
 
 
 def export_flat(module: nnx.Module) -> dict[str, np.ndarray]:

@@ -10,12 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.typing import DTypeLike
 
-from jaxgen.checkpoints.flat import export_flat, fill, flat_shapes
+from jaxgen.checkpoints.flat import UnreadArray, export_flat, fill, flat_shapes
 from jaxgen.checkpoints.placement import Placement, Progress
 from jaxgen.checkpoints.safetensors_files import check_arrays
 from jaxgen.models.mmdit import MMDiT, MMDiTConfig
@@ -86,33 +84,14 @@ def export_mmdit(model: MMDiT) -> dict[str, np.ndarray]:
     }
 
 
-class UnreadArray:
-    """One of a model's arrays in the diffusers layout, which leaves its devices when it is used.
-
-    Attributes:
-        shape: its shape.
-        dtype: its dtype.
-    """
-
-    def __init__(
-        self, variable: nnx.Variable, path: str, config: MMDiTConfig, shape: jax.ShapeDtypeStruct
-    ):
-        self.shape, self.dtype = shape.shape, shape.dtype
-        self._variable, self._path, self._config = variable, path, config
-
-    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
-        # An array of JAX keeps what it was once converted to, so another one is converted.
-        array = np.asarray(jnp.array(self._variable[...]), dtype)
-        return _to_diffusers(self._path, array, self._config)
-
-
 def stream_mmdit(model: MMDiT) -> dict[str, UnreadArray]:
     """Returns what `export_mmdit` returns, to be copied to the host one array after the other."""
     shapes = mmdit_shapes(model.config)
     variables = nnx.to_flat_state(nnx.state(model))
     paths = {".".join(map(str, position)): variable for position, variable in variables}
+    turn = lambda path: lambda array: _to_diffusers(path, array, model.config)
     return {
-        key: UnreadArray(variable, path, model.config, shapes[key])
+        key: UnreadArray(variable, shapes[key].shape, turn(path))
         for path, variable in paths.items()
         for key in (_diffusers_key(path),)
     }
