@@ -13,7 +13,6 @@ from typing import Any
 import jax
 from flax import nnx
 
-from train import run_folder
 from train.diffusion_lm_config import Config
 from train.diffusion_lm_parts import (
     answer,
@@ -25,10 +24,20 @@ from train.diffusion_lm_parts import (
     open_rows,
     save_export,
 )
-from train.metrics import JsonLines, Row, final_loss, read_rows
+from train.metrics import JsonLines, Row
 from train.problem_data import Table, make_table
 from train.rows import RowBatches, Rows
-from train.run import Finished, Hook, Plan, as_command, carry_out, mesh_of, parse, printer
+from train.run import (
+    Finished,
+    Hook,
+    Plan,
+    as_command,
+    carry_out,
+    mesh_of,
+    parse,
+    printer,
+    run_record,
+)
 from train.state import Arrays, Skeleton, make_optimizer, take_apart
 
 _TARGET, _REFERENCE = "target.", "reference."
@@ -177,22 +186,12 @@ def validation_hook(
 
 def make_card(config: Config, result: Finished) -> dict[str, Any]:
     """Return the model card: what was trained on what, how, how long, and what it reached."""
-    validation = read_rows(result.folder / "validation.jsonl")
     levels = ", ".join(map(str, config.levels))
     return {
         "name": result.folder.name if config.task == "text" else config.model,
         "task": "text-to-text",
         "data": "text" if config.task == "text" else f"generated {config.task}, levels {levels}",
-        "steps": result.step,
-        "command": config.command(),
-        "config": run_folder.to_json(config),
-        "final_loss": final_loss(result.rows),
-        "validation": validation[-1] if validation else None,
-        "updates_skipped": result.rows[-1]["skipped"] if result.rows else 0,
-        "hardware": f"{result.devices} x {jax.devices()[0].device_kind}",
-        "jax": jax.__version__,
-        "seconds": round(result.seconds, 1),
-    }
+    } | run_record(config, result)
 
 
 def main() -> None:

@@ -13,7 +13,6 @@ import jax
 from flax import nnx
 
 from jaxgen.models import LanguageModel
-from train import run_folder
 from train.corpus import Batches, Documents
 from train.language_model_config import Config
 from train.language_model_parts import (
@@ -24,8 +23,18 @@ from train.language_model_parts import (
     save_export,
     validate,
 )
-from train.metrics import JsonLines, Row, final_loss, read_rows
-from train.run import Finished, Hook, Plan, as_command, carry_out, mesh_of, parse, printer
+from train.metrics import JsonLines, Row
+from train.run import (
+    Finished,
+    Hook,
+    Plan,
+    as_command,
+    carry_out,
+    mesh_of,
+    parse,
+    printer,
+    run_record,
+)
 from train.state import Arrays, make_optimizer, take_apart
 
 
@@ -118,7 +127,6 @@ def train(
 
 def make_card(config: Config, result: Finished, documents: Documents) -> dict[str, Any]:
     """Return the model card: what was trained on what, how, how long, and the losses it reached."""
-    validation = read_rows(result.folder / "validation.jsonl")
     return {
         "name": config.model,
         "task": "language-model",
@@ -126,16 +134,7 @@ def make_card(config: Config, result: Finished, documents: Documents) -> dict[st
         "corpus": documents.digest,
         "tokens": documents.token_count,
         "tokens_seen": result.step * config.batch_size * config.context,
-        "steps": result.step,
-        "command": config.command(),
-        "config": run_folder.to_json(config),
-        "final_loss": final_loss(result.rows),
-        "validation": validation[-1] if validation else None,
-        "updates_skipped": result.rows[-1]["skipped"] if result.rows else 0,
-        "hardware": f"{result.devices} x {jax.devices()[0].device_kind}",
-        "jax": jax.__version__,
-        "seconds": round(result.seconds, 1),
-    }
+    } | run_record(config, result)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from jaxtyping import Array
 
 from train import loop, run_folder
 from train.checkpoint import Checkpoints, abstract
-from train.metrics import JsonLines, Meter, Row, TensorBoard, Writer, read_rows
+from train.metrics import JsonLines, Meter, Row, TensorBoard, Writer, final_loss, read_rows
 from train.options import Options
 from train.sharding import BATCH_SPEC, gather, make_mesh, place_batch, state_shardings
 from train.state import (
@@ -241,6 +241,22 @@ def carry_out(
         arrays=averaged(state),
         state=state,
     )
+
+
+def run_record(config: Options, result: Finished) -> dict[str, Any]:
+    """Return what every model card says of a run: how, how long, and the losses it reached."""
+    validation = read_rows(result.folder / "validation.jsonl")
+    return {
+        "steps": result.step,
+        "command": config.command(),
+        "config": run_folder.to_json(config),
+        "final_loss": final_loss(result.rows),
+        "validation": validation[-1] if validation else None,
+        "updates_skipped": result.rows[-1]["skipped"] if result.rows else 0,
+        "hardware": f"{result.devices} x {jax.devices()[0].device_kind}",
+        "jax": jax.__version__,
+        "seconds": round(result.seconds, 1),
+    }
 
 
 def printer(show: bool) -> Callable[[str], Any]:

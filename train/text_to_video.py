@@ -14,9 +14,9 @@ from flax import nnx
 
 from jaxgen.sampling import LogitNormal
 from jaxgen.text import WordTokenizer
-from train import openmoji, run_folder
+from train import openmoji
 from train.clips import ClipBatches, Clips
-from train.metrics import JsonLines, Row, final_loss, read_rows
+from train.metrics import JsonLines, Row
 from train.run import (
     Finished,
     Hook,
@@ -26,6 +26,7 @@ from train.run import (
     mesh_of,
     parse,
     printer,
+    run_record,
 )
 from train.state import Arrays, Skeleton, make_optimizer, take_apart
 from train.text_to_video_config import Config
@@ -160,22 +161,12 @@ def sample_hook(
 
 def make_card(config: Config, result: Finished) -> dict[str, Any]:
     """Return the model card: what was trained on what, how, how long, and the losses it reached."""
-    validation = read_rows(result.folder / "validation.jsonl")
     return {
         "name": config.model,
         "task": "text-to-video",
         "data": "OpenMoji, moving",
         "attribution": openmoji.ATTRIBUTION,
-        "steps": result.step,
-        "command": config.command(),
-        "config": run_folder.to_json(config),
-        "final_loss": final_loss(result.rows),
-        "validation": validation[-1] if validation else None,
-        "updates_skipped": result.rows[-1]["skipped"] if result.rows else 0,
-        "hardware": f"{result.devices} x {jax.devices()[0].device_kind}",
-        "jax": jax.__version__,
-        "seconds": round(result.seconds, 1),
-    }
+    } | run_record(config, result)
 
 
 def main() -> None:

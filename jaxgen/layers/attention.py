@@ -91,6 +91,10 @@ class KeyValues(NamedTuple):
     key: Array
     value: Array
 
+    def astype(self, dtype: DTypeLike) -> "KeyValues":
+        """Returns these in the dtype of a query; a cache may be kept in another."""
+        return KeyValues(self.key.astype(dtype), self.value.astype(dtype))
+
     def updated(self, rows: Int32[Array, "batch active"], new: "KeyValues") -> "KeyValues":
         """Returns these with some tokens replaced, whose rising, distinct numbers `rows` holds."""
         batch = jnp.arange(rows.shape[0], dtype=rows.dtype)[:, None]
@@ -230,7 +234,7 @@ class SelfAttention(nnx.Module):
         keys = KeyValues(key, value)
         if rows is not None and cache is not None:
             keys = cache.updated(rows, keys)
-        return self._merge(self.attend(query, *_as(query, keys))), keys
+        return self._merge(self.attend(query, *keys.astype(query.dtype))), keys
 
     def _merge(self, heads: Array) -> Array:
         merged = self.heads.merge(heads)
@@ -306,7 +310,7 @@ class JointAttention(nnx.Module):
         keys = KeyValues(*image_keys)
         if rows is not None and cache is not None:
             keys = cache.updated(rows, keys)
-        image_key, image_value = _as(image_query, keys)
+        image_key, image_value = keys.astype(image_query.dtype)
         key = jnp.concatenate([image_key, text_key], axis=1)
         value = jnp.concatenate([image_value, text_value], axis=1)
         # Without a text output nobody would read what the text queries find.
@@ -316,8 +320,3 @@ class JointAttention(nnx.Module):
         merged = self.image.merge(image_heads)
         assert merged is not None  # the image stream always has an output projection
         return merged, self.text.merge(text_heads), keys
-
-
-def _as(query: Array, keys: KeyValues) -> KeyValues:
-    """Returns keys and values in the dtype of the query; a cache may be kept in another."""
-    return KeyValues(*(array.astype(query.dtype) for array in keys))

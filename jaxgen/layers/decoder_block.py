@@ -158,7 +158,7 @@ class DecoderBlock(nnx.Module):
         """Applies both branches; `attend` gets the cache with what is new written to `rows`."""
         query, keys = self.attention.split(self.attention_norm(x), rotary)
         cache = cache.updated(rows, keys)
-        x = x + self.attention.merge(attend(query, *(a.astype(query.dtype) for a in cache)))
+        x = x + self.attention.merge(attend(query, *cache.astype(query.dtype)))
         return x + self.mlp(self.mlp_norm(x)), cache
 
 

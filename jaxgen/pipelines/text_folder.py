@@ -13,6 +13,7 @@ from jaxgen.checkpoints.placement import Placement, Progress
 from jaxgen.layers import AttentionName
 from jaxgen.models.diffusion_lm import DiffusionLMConfig
 from jaxgen.pipelines.diffusers_files import read_json
+from jaxgen.sampling.block_arguments import check_vocabulary
 from jaxgen.tokenizers import TextTokenizer
 
 _NAMED_BLOCK = re.compile(r"-b(\d{1,5})(?:-|$)")
@@ -48,7 +49,7 @@ def load(
         for role, path in folders.items()
     }
     if reference is not None:
-        check_reference(configs["model"], configs["reference"])
+        check_vocabulary(configs["model"], configs["reference"])
     tokenizer = TextTokenizer.from_folder(folder)
     check_tokenizer(configs["model"], tokenizer)
     parts: dict[str, Any] = {"tokenizer": tokenizer}
@@ -75,20 +76,6 @@ def check_tokenizer(config: DiffusionLMConfig, tokenizer: TextTokenizer) -> None
         raise ValueError(
             f"the tokenizer has ids up to {tokenizer.size - 1}, the model only "
             f"{config.vocabulary_size} tokens"
-        )
-
-
-def check_reference(model: DiffusionLMConfig, reference: DiffusionLMConfig) -> None:
-    """Refuses a reference model whose predictions are not about the tokens of the model.
-
-    Raises:
-        ValueError: another vocabulary or mask.
-    """
-    ours, theirs = ((one.vocabulary_size, one.mask_id) for one in (model, reference))
-    if ours != theirs:
-        raise ValueError(
-            "the reference must have the vocabulary_size and mask_id of the model, "
-            f"{ours}, got {theirs}"
         )
 
 

@@ -27,6 +27,7 @@ from jaxgen.sampling import (
     decode,
     decode_steps,
 )
+from jaxgen.sampling.block_arguments import check_vocabulary
 from jaxgen.tokenizers import TextTokenizer
 
 type Prompts = str | Sequence[str] | Sequence[Message] | Sequence[Sequence[Message]]
@@ -70,7 +71,7 @@ class TextToText:
     ):
         text_folder.check_tokenizer(model.config, tokenizer)
         if reference is not None:
-            text_folder.check_reference(model.config, reference.config)
+            check_vocabulary(model.config, reference.config)
         if chat_format is None:
             formats = (CHATML, LLADA) if model.config.qk_norm else (LLADA, CHATML)
             known = (one for one in formats if all(token in tokenizer for token in one.tokens))

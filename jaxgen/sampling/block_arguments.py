@@ -64,11 +64,20 @@ def check_reference(
         return
     if init != "reference":
         raise ValueError(f'a reference model is for init="reference" only, got init={init!r}')
-    sizes, others = ((one.vocabulary_size, one.mask_id) for one in (config, reference))
-    if others != sizes:
+    check_vocabulary(config, reference)
+
+
+def check_vocabulary(config: DiffusionLMConfig, reference: DiffusionLMConfig) -> None:
+    """Refuses a reference model whose predictions are not about the tokens of the model.
+
+    Raises:
+        ValueError: another vocabulary or mask.
+    """
+    ours, theirs = ((one.vocabulary_size, one.mask_id) for one in (config, reference))
+    if ours != theirs:
         raise ValueError(
             "the reference model must have the vocabulary_size and mask_id of the model, "
-            f"{sizes}, got {others}"
+            f"{ours}, got {theirs}"
         )
 
 

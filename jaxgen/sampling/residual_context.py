@@ -83,7 +83,7 @@ class ResidualContext:
             "dirichlet", a random prediction.
         table: decoding reads the whole table of embeddings once a step, which is most of what RCD
             costs. "int8" reads half as much, of a copy that is made when decoding starts; it
-            changes a vector by half a percent. Not for training.
+            changes a vector by a percent at most. Not for training.
         concentration: of the Dirichlet distribution, the same for all tokens. The paper does not
             give it: 1 is a guess.
 
