@@ -85,6 +85,7 @@ def train(
         tokenizer,
         count=config.validation_clips,
         levels=config.validation_levels,
+        distribution=config.noise_levels(),
     )
     options = {"on_row": on_row, "show_progress": show_progress}
     left = lambda: (

@@ -164,7 +164,7 @@ class Config(Options):
     """Mean of the logit-normal noise levels of both stages."""
     sigma_std: float = 1.0
     """Their standard deviation."""
-    sigma_shift: float = 2.0
+    sigma_shift: float = 5.0
     """Their shift towards 1."""
     seed: int = 0
     """Decides dropped captions, noise and noise levels; the clips are always the same."""

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jaxgen.sampling import LogitNormal
 from jaxgen.text import WordTokenizer
 from train import openmoji
 from train.clips import ClipBatches, Clips
@@ -89,9 +88,7 @@ def train(
         shapes=shapes,
         make=make,
         trained=skeleton.trained,
-        loss=make_loss(
-            skeleton, LogitNormal(config.sigma_mean, config.sigma_std, config.sigma_shift)
-        ),
+        loss=make_loss(skeleton, config.noise_levels()),
         optimizer=functools.partial(
             make_optimizer,
             betas=config.betas,
@@ -133,7 +130,11 @@ def validation_hook(
     @functools.cache
     def validation() -> Validation:
         return Validation(
-            parts, tokenizer, count=config.validation_clips, levels=config.validation_levels
+            parts,
+            tokenizer,
+            count=config.validation_clips,
+            levels=config.validation_levels,
+            distribution=config.noise_levels(),
         )
 
     def validate(step: int, arrays: Arrays) -> None:

@@ -77,7 +77,12 @@ def make_models(config: Config, tokenizer: WordTokenizer) -> Models:
         dtype=config.precision,
     )
     rngs = nnx.Rngs(config.seed)
-    return Models(Wan(transformer, rngs=rngs), TextEncoder(encoder, rngs=rngs))
+    models = Models(Wan(transformer, rngs=rngs), TextEncoder(encoder, rngs=rngs))
+    for block in models.transformer.blocks:
+        for norm in (block.self_attention.query_norm, block.self_attention.key_norm):
+            if norm is not None:
+                norm.scale[...] *= config.qk_gain
+    return models
 
 
 def predict(
@@ -119,20 +124,27 @@ def make_loss(skeleton: Skeleton, levels: LogitNormal) -> Loss:
 class Validation:
     """The flow matching loss on fixed clips, noise and noise levels: it compares models.
 
-    Noise depends on the number of the clip and of the level only, and levels fill (0, 1) evenly,
-    whatever a run was trained on.
+    Noise depends on the number of the clip and of the level only, and the levels are spread evenly
+    over the quantiles of those trained on: the expected loss of training, with little variance.
 
     Args:
         clips: The data sets to validate on, by name.
         tokenizer: Encodes the captions.
         count: The first so many clips of each are used.
         levels: Noise levels a clip.
+        distribution: Of the noise levels.
     """
 
     def __init__(
-        self, clips: Mapping[str, Clips], tokenizer: WordTokenizer, *, count: int, levels: int
+        self,
+        clips: Mapping[str, Clips],
+        tokenizer: WordTokenizer,
+        *,
+        count: int,
+        levels: int,
+        distribution: LogitNormal,
     ):
-        self._levels = levels
+        self._levels = levels, distribution
         self._sets = {}
         for name, source in clips.items():
             videos, captions = render(source, range(min(count, len(source))))
@@ -148,13 +160,15 @@ class Validation:
                 part = slice(start, start + _VALIDATION_BATCH)
                 numbers = np.arange(start, start + len(videos[part]), dtype=np.uint32)
                 batch = videos[part], tokens[part], numbers
-                total += float(_validation_losses(skeleton, self._levels, arrays, *batch))
+                total += float(_validation_losses(skeleton, *self._levels, arrays, *batch))
             means[name] = total / len(videos)
         return means
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _validation_losses(skeleton: Skeleton, levels: int, arrays, video, tokens, numbers) -> Array:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _validation_losses(
+    skeleton: Skeleton, levels: int, distribution: LogitNormal, arrays, video, tokens, numbers
+) -> Array:
     """Return the sum over clips of the mean loss over levels."""
     models, clips = skeleton.join(arrays), to_floats(video)
 
@@ -165,7 +179,7 @@ def _validation_losses(skeleton: Skeleton, levels: int, arrays, video, tokens, n
     def at_level(total, level):
         # Multiples of the golden ratio, modulo 1, are spread evenly however many are taken.
         place = (numbers * levels + level + 1).astype(jnp.float32)
-        sigma = jnp.clip(place * 0.6180339887 % 1, 0.001, 0.999)
+        sigma = distribution.quantile(jnp.clip(place * 0.6180339887 % 1, 0.001, 0.999))
         noise = as_pictures(jax.vmap(noise_of, (0, None))(numbers, level))
         noisy = add_noise(as_pictures(clips), noise, sigma).reshape(clips.shape)
         predicted = as_pictures(predict(models, noisy, sigma, tokens)).astype(jnp.float32)

@@ -445,12 +445,12 @@ WAN_PRESETS: Mapping[str, WanConfig] = MappingProxyType(
         "wan2.1-t2v-14b": dataclasses.replace(_WAN, num_layers=40, num_heads=40, ffn_dim=13824),
         "moving-emoji": WanConfig(
             num_layers=8,
-            num_heads=3,
+            num_heads=6,
             ffn_dim=768,
             patch_size=(1, 4, 4),
             token_cube=(4, 4, 4),
             in_channels=3,
-            head_dim=64,
+            head_dim=32,
             text_dim=192,
         ),
     }

@@ -59,6 +59,11 @@ class LogitNormal:
         normal = jax.random.normal(key, (count,), dtype=jnp.float32)
         return shift_sigma(jax.nn.sigmoid(self.mean + self.std * normal), self.shift)
 
+    def quantile(self, share: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Return the noise levels below which so large a share, in (0, 1), of samples lies."""
+        normal = jax.scipy.special.ndtri(share)
+        return shift_sigma(jax.nn.sigmoid(self.mean + self.std * normal), self.shift)
+
 
 def flow_matching_loss(
     velocity: Callable[[Array, Array], Array],

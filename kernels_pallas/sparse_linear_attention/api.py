@@ -24,7 +24,7 @@ type Selection = Literal["hard", "soft"]
 type ImplementationName = Literal["mosaic_gpu", "xla"]
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
-_ON_ACCELERATORS = 2**26  # entries at once
+_ON_ACCELERATORS = 2**29  # entries at once
 
 
 @dataclasses.dataclass(frozen=True)

@@ -346,20 +346,21 @@ def _backward(options: Options, rows: int, x: _Head, saved, d_out):
         d_query = options.scale * float_einsum("qjs,jsd->qd", ds_qjs, key)
         dk_jsd = options.scale * float_einsum("qjs,qd->jsd", ds_qjs, x.query[i])
         dv_jsd = float_einsum("qjs,qd->jsd", p_qjs.astype(narrow), d_sparse[i].astype(narrow))
-        return d_query, dk_jsd, dv_jsd
+        return d_query, jnp.stack([dk_jsd, dv_jsd], axis=1)
 
     def add(sums, arguments):
-        chosen, *terms = arguments  # no block is chosen twice
-        at = lambda y, term: y.at[chosen].add(term, unique_indices=True)
-        return tuple(map(at, sums, terms)), None
+        chosen, terms = arguments  # no block is chosen twice
+        return sums.at[chosen].add(terms, unique_indices=True), None
 
     def portion(sums, arguments):
-        d_query, *terms = jax.vmap(block)(*arguments)
-        return lax.scan(add, sums, (arguments[1], *terms))[0], d_query
+        d_query, terms = jax.vmap(block)(*arguments)
+        return lax.scan(add, sums, (arguments[1], terms))[0], d_query
 
     ids = jnp.arange(blocks.query_blocks, dtype=jnp.int32)
-    zeros = varying_like((x, saved, d_out), jnp.zeros_like(smooth))
-    (d_key, d_value), d_query = _scan_portions(portion, (zeros, zeros), (ids, x.chosen), rows)
+    zeros = jnp.zeros((len(smooth), 2, *smooth.shape[1:]), wide)
+    zeros = varying_like((x, saved, d_out), zeros)
+    sums, d_query = _scan_portions(portion, zeros, (ids, x.chosen), rows)
+    d_key, d_value = sums[:, 0], sums[:, 1]
     d_alpha = jnp.sum(d_alpha, axis=(1, 2))
     if blocks.dense:
         return d_query, _less_mean(blocks, d_key), d_value, jnp.zeros_like(d_alpha)

@@ -104,6 +104,7 @@ def measure(blocks: Blocks, *, clips: Any = None) -> list[Record]:
         tokenizer,
         count=each.validation_clips,
         levels=each.validation_levels,
+        distribution=each.noise_levels(),
     )
     fit, check = (
         first_clips(clips[split], tokenizer, each.router_batch_size)
