@@ -18,12 +18,17 @@ def varying_like(operands: Any, results: Any) -> Any:
     Returns:
         The results, unchanged outside of `jax.shard_map`.
     """
-    axes = frozenset().union(
-        *(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(operands))
-    )
+    axes = varying_axes(operands)
 
     def cast(x):
         missing = tuple(axes - jax.typeof(x).manual_axis_type.varying)
         return lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(cast, results)
+
+
+def varying_axes(operands: Any) -> frozenset[Any]:
+    """Returns the axes of a mesh along which any operand differs; none outside `jax.shard_map`."""
+    return frozenset().union(
+        *(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(operands))
+    )

@@ -3,7 +3,6 @@
 # Pallas' decorators are typed more narrowly than they work.
 # pyright: reportCallIssue=false
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -88,14 +87,14 @@ class Kernel(NamedTuple):
         position: where in the problem a block of threads is.
         steps: number of steps there.
         share: copies what all warpgroups read throughout, with one of its last argument's
-            functions for each tile.
+            functions for each tile; it is given what is read and what is written.
     """
 
     compute: Callable[..., None]
     fetch: Callable[..., Sequence[Sequence[Any]]]
     position: Callable[..., Any]
     steps: Callable[[Any], Any]
-    share: Callable[..., None] = lambda x, position, copies: None
+    share: Callable[..., None] = lambda refs, position, copies: None
 
 
 def launch(
@@ -107,7 +106,7 @@ def launch(
     moving: Sequence[Sequence[Any]],
     stages: int,
     out_type: Sequence[jax.ShapeDtypeStruct],
-    into: Sequence[jax.Array] | None = None,
+    into: Sequence[jax.Array] = (),
     team: Team,
     grid: tuple[int, int, int],
     name: str,
@@ -124,13 +123,16 @@ def launch(
         moving: shared memory for a step, a group for each barrier, with a leading axis `stages`.
         stages: steps in flight.
         out_type: what the kernel writes.
-        into: arrays to write to instead, in place if nothing else reads them; what the kernel does
+        into: arrays that it writes to besides, in place if nothing else reads them; what it does
             not write stays.
         team: the warpgroups that compute.
         grid: sizes of the axes "batch", "heads" and "block".
         name: what profiles show.
         fixed_arrivals: copies that a warpgroup makes to `fixed`.
         meets: whether the warpgroups wait for each other.
+
+    Returns:
+        What has `out_type`, then what `into` has become.
     """
     arrays, structure = jax.tree.flatten(operands)
 
@@ -167,7 +169,7 @@ def launch(
                 copy_to = lambda smem: (
                     lambda gmem: plgpu.copy_gmem_to_smem(gmem, smem, barriers.shared)
                 )
-                kernel.share(x, position, [copy_to(smem) for smem in shared_sm])
+                kernel.share((x, outputs), position, [copy_to(smem) for smem in shared_sm])
 
                 @pl.loop(stages, steps)
                 def _(step):
@@ -187,16 +189,17 @@ def launch(
         )
 
     body.__name__ = name  # what profiles show
-    run = functools.partial(
-        plgpu.kernel,
+    run = plgpu.kernel(
         body,
+        out_type=() if into else tuple(out_type),
         grid=grid,
         grid_names=("batch", "heads", "block"),
         num_threads=team.size + 1,
         thread_name="wg",
         compiler_params=COMPILER_PARAMS,
     )
-    if into is None:
-        return run(out_type=tuple(out_type))(*arrays)
+    if not into:
+        return run(*arrays)
     # The state is local: references that outlive a call fail in scans that are rematerialized.
-    return pl.run_state(lambda refs: run(out_type=())(*arrays, *refs))(tuple(into))
+    fresh = (lax.empty(x.shape, x.dtype) for x in out_type)
+    return pl.run_state(lambda refs: run(*arrays, *refs))((*fresh, *into))

@@ -40,6 +40,7 @@ from kernels_pallas.mosaic.team import ROWS, SHARED_MEMORY, Team
 from kernels_pallas.sparse_linear_attention.forward_sm90 import LOG2_E, add_product
 from kernels_pallas.sparse_linear_attention.head_groups import pick
 from kernels_pallas.sparse_linear_attention.prepare_sm90 import features_of
+from kernels_pallas.varying import varying_axes
 
 TEAM = Team(2, 232)
 _EXCHANGED = 32
@@ -240,15 +241,18 @@ def query_gradient(
         at = pl.ds(x.chosen[b, h, i, step] * ROWS, ROWS)
         return ((x.key.at[b, at, h], x.value.at[b, at, h]),)
 
-    def share(x, position, copies):
+    def share(refs, position, copies):
         b, h, i = position
-        pick(x.h, b, h, lambda of_head: copies[0](of_head.at[i]))
+        pick(refs[0].h or refs[1][3:], b, h, lambda of_head: copies[0](of_head.at[i]))
 
     fixed_bytes = 2 * dim * (2 * TEAM.rows + dim) + 4096
     stages = (SHARED_MEMORY - fixed_bytes) // (ROWS * dim * 4)
     own, moving = (TEAM.size, ROWS, dim), (min(stages, 4), ROWS, dim)
+    # dH_i takes the place of H_i, which nobody else reads. State that varies over the axes of a mesh
+    # is not supported by JAX: inside `jax.shard_map` it gets memory of its own.
+    in_place = not varying_axes(operands.h)
     results = launch(
-        operands,
+        operands._replace(h=()) if in_place else operands,
         Kernel(compute, fetch, position, lambda position: jnp.int32(kept), share),
         fixed=(
             tile(own, dtype),
@@ -263,8 +267,9 @@ def query_gradient(
             jax.ShapeDtypeStruct(operands.query.shape, dtype),
             jax.ShapeDtypeStruct(operands.logsumexp.shape, jnp.float32),
             jax.ShapeDtypeStruct((batch, heads, blocks, TEAM.size, dim), jnp.float32),
-            *(jax.ShapeDtypeStruct(h.shape, dtype) for h in operands.h),
+            *([] if in_place else (jax.ShapeDtypeStruct(h.shape, dtype) for h in operands.h)),
         ],
+        into=operands.h if in_place else (),
         team=TEAM,
         grid=(batch, heads, blocks),
         name="sparse_linear_attention_query_gradient",
@@ -310,7 +315,7 @@ def key_value_gradients(
     scale: float,
     *,
     heads: range,
-    into: Sequence[jax.Array] | None,
+    into: Sequence[jax.Array],
     smooth_features: bool,
     interpret: bool,
 ) -> Sequence[jax.Array]:
@@ -456,9 +461,9 @@ def key_value_gradients(
             (x.d_out.at[b, at, h], x.sparse_delta.at[b, h, at]),
         )
 
-    def share(x, position, copies):
+    def share(refs, position, copies):
         b, _, j = position[:3]
-        copies[0](x.d_h.at[b, lax.axis_index("heads"), j])
+        copies[0](refs[0].d_h.at[b, lax.axis_index("heads"), j])
 
     stages = 2
     moving = tile((stages, TEAM.rows, dim), dtype), plgpu.SMEM((stages, TEAM.rows), jnp.float32)
@@ -474,11 +479,13 @@ def key_value_gradients(
         shared=(tile((dim, dim), dtype),),
         moving=(moving, moving),
         stages=stages,
-        out_type=[
+        out_type=()
+        if into
+        else (
             jax.ShapeDtypeStruct(operands.key.shape, dtype),
             jax.ShapeDtypeStruct(operands.key.shape, dtype),
             jax.ShapeDtypeStruct((batch, all_heads, blocks, dim), jnp.float32),
-        ],
+        ),
         into=into,
         team=TEAM,
         grid=(batch, len(heads), blocks),

@@ -203,9 +203,9 @@ def forward(
         key = x.key.at[b, h, at] if quantized else x.key.at[b, at, h]
         return (key,), (x.value.at[b, at, h],)
 
-    def share(x, position, copies):
+    def share(refs, position, copies):
         b, h, i = position
-        pick(x.h, b, h, lambda of_head: copies[0](of_head.at[i]))
+        pick(refs[0].h, b, h, lambda of_head: copies[0](of_head.at[i]))
 
     key_size = operands.key.dtype.itemsize
     fixed_bytes = dim * (TEAM.rows * (2 + key_size + 2) + 2 * dim) + 4096

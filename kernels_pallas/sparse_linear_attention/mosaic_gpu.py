@@ -218,7 +218,7 @@ def _backward(options, query, key, value, alpha, routing, residuals, d_out):
         d_z,
         found.d_h[0],
     )
-    results, first = None, 0
+    results, first = (), 0
     for d_h in _sum_rest("bhij,bhix->bhjx", routing.mask, found.d_h):
         heads = range(first, first + d_h.shape[1])
         results = backward_sm90.key_value_gradients(
