@@ -248,8 +248,8 @@ def query_gradient(
     fixed_bytes = 2 * dim * (2 * TEAM.rows + dim) + 4096
     stages = (SHARED_MEMORY - fixed_bytes) // (ROWS * dim * 4)
     own, moving = (TEAM.size, ROWS, dim), (min(stages, 4), ROWS, dim)
-    # dH_i takes the place of H_i, which nobody else reads. State that varies over the axes of a mesh
-    # is not supported by JAX: inside `jax.shard_map` it gets memory of its own.
+    # dH_i takes the place of H_i, which nobody else reads. JAX has no state that varies over the
+    # axes of a mesh: inside `jax.shard_map` it gets memory of its own.
     in_place = not varying_axes(operands.h)
     results = launch(
         operands._replace(h=()) if in_place else operands,

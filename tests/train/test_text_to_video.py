@@ -1,18 +1,21 @@
 """Training of a tiny video model on moving squares."""
 
 import dataclasses
+import functools
 import json
 import shlex
 import signal
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tyro
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
+from jaxgen.sampling import LogitNormal
 from jaxgen.text import PADDING_ID
 from tests.train.video_fixtures import CLIPS, FRAMES, SIZE, TOKENIZER, Squares
 from train import text_to_video, text_to_video_parts
@@ -23,7 +26,15 @@ from train.run_folder import ConfigChangedError
 from train.state import take_apart
 from train.text_to_video import train
 from train.text_to_video_config import MODELS, Config
-from train.text_to_video_parts import Validation, choose_captions, load_export, make_tokenizer
+from train.text_to_video_parts import (
+    Validation,
+    choose_captions,
+    load_export,
+    make_models,
+    make_tokenizer,
+    predict,
+    to_floats,
+)
 
 STEPS = 6
 
@@ -161,20 +172,52 @@ def test_a_run_can_start_from_an_export(straight, tmp_path):
 def test_validation_is_fixed_and_sees_the_caption_and_the_clip(straight):
     models, _, _ = load_export(straight.folder / "export", precision="float32")
     skeleton, arrays = take_apart(models)
-    loss = lambda clips, levels: Validation(clips, TOKENIZER, count=5, levels=levels)(
-        skeleton, arrays
-    )
+    made = functools.partial(Validation, tokenizer=TOKENIZER, count=5, distribution=LogitNormal())
+    loss = lambda clips, levels: made(clips, levels=levels)(skeleton, arrays)
     one = {"validation": CLIPS["validation"]}
     first = loss(one, 2)
     assert first == loss(one, 2) == {"validation": loss(CLIPS, 2)["validation"]}
     assert first["validation"] != loss({"validation": CLIPS["train"]}, 2)["validation"]
-    # In total every level between 0 and 1 counts alike: an untrained model has 1 + mean square.
+    # The loss of a model that predicts zero is 1 + mean square at any level.
     zero = {
         name: 0 * array if "final_projection" in name else array for name, array in arrays.items()
     }
     video = np.stack([CLIPS["validation"][i]["video"] for i in range(5)]) / 127.5 - 1
-    found = Validation(one, TOKENIZER, count=5, levels=3)(skeleton, zero)["validation"]
-    assert found == pytest.approx(1 + np.mean(video**2), rel=0.02)
+    assert made(one, levels=3)(skeleton, zero)["validation"] == pytest.approx(
+        1 + np.mean(video**2), rel=0.02
+    )
+
+
+def test_validation_is_at_the_levels_that_are_trained_on(straight):
+    models, _, _ = load_export(straight.folder / "export", precision="float32")
+    skeleton, arrays = take_apart(models)
+    one = {"validation": CLIPS["validation"]}
+    made = functools.partial(Validation, one, TOKENIZER, count=4)
+    found, expected = [], []
+    for sigma in (0.1, 0.9):
+        mean, clips = np.log(sigma / (1 - sigma)), [CLIPS["validation"][i] for i in range(4)]
+        # Nearly all levels are one, so the loss is that of the level.
+        narrow = LogitNormal(mean, 1e-3)
+        found.append(made(levels=2, distribution=narrow)(skeleton, arrays)["validation"])
+        videos = to_floats(np.stack([clip["video"] for clip in clips]))
+        tokens = TOKENIZER.encode([clip["caption"] for clip in clips])
+        for seed in range(4):
+            noise = jax.random.normal(jax.random.key(seed), videos.shape)
+            noisy = (1 - sigma) * videos + sigma * noise
+            velocity = predict(models, noisy, jnp.full(4, sigma), tokens)
+            expected.append(float(jnp.mean(jnp.square(velocity - (noise - videos)))))
+    expected = np.reshape(expected, (2, 4)).mean(axis=1)
+    np.testing.assert_allclose(found, expected, rtol=0.02)
+    assert abs(found[0] / found[1] - 1) > 0.05
+
+
+def test_queries_and_keys_may_start_with_a_gain():
+    config = Config(model="tiny", qk_gain=1.7)
+    for block in make_models(config, TOKENIZER).transformer.blocks:
+        for norm in (block.self_attention.query_norm, block.self_attention.key_norm):
+            np.testing.assert_allclose(norm.scale[...], 1.7, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"qk_gain must be .*, got qk_gain=0"):
+        Config(qk_gain=0.0)
 
 
 def test_a_changed_configuration_is_refused(straight):

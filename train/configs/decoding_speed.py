@@ -6,8 +6,9 @@ with is `train.configs.decoding_speed_torch`, a process of its own.
 
 Command    python -m train.configs.decoding_speed --output runs/decoding-speed.json
            python -m train.configs.decoding_speed_torch --output runs/decoding-speed-torch.json
-Hardware   not measured yet
-Outcome    not measured yet
+Hardware   one H100 80 GB, jax 0.11.2; 128 tokens after a prompt of 512, blocks of 64, medians
+Outcome    SDAR-8B, ms a step: batch 1 8.35, with RCD 8.86 (+6.0 %), with its 8-bit table 8.67
+           (+3.8 %); batch 8 19.21, 20.21 (+5.2 %), 20.68 (+7.7 %). LLaDA-8B: not measured yet.
 """
 
 import dataclasses

@@ -70,6 +70,13 @@ def test_shift_adds_its_logarithm_to_the_logit():
     np.testing.assert_allclose(logit(shifted) - logit(plain), np.log(3), atol=1e-4)
 
 
+@pytest.mark.parametrize("levels", [LogitNormal(), LogitNormal(0.7, 0.6, 5.0)])
+def test_quantiles_are_those_of_samples(levels):
+    shares = jnp.array([0.05, 0.3, 0.5, 0.8])
+    sampled = np.quantile(levels.sample(jax.random.key(1), 100_000), shares)
+    np.testing.assert_allclose(levels.quantile(shares), sampled, rtol=0.02)
+
+
 def test_timestep_is_not_rounded():
     np.testing.assert_allclose(timestep_of(jnp.array([0.0, 0.00123, 1.0])), [0, 1.23, 1000])
 
