@@ -96,12 +96,12 @@ def train(
 
     first, arrays, errors = None, replaced.arrays, {}
     if replaced.mixing or replaced.projections:
-        batch = first_clips(clips["train"], tokenizer, config.router_batch_size)
+        fit = first_clips(clips["train"], tokenizer, config.calibration_clips)
         check = first_clips(clips["validation"], tokenizer, config.router_batch_size)
         measure = lambda arrays: attention_errors(config, replaced, arrays, check)
         errors = {"new": measure(arrays)}
         if METHODS[config.method].trains_mixing:
-            arrays = calibrated(config, replaced, arrays, batch)
+            arrays = calibrated(config, replaced, arrays, fit)
             errors["least_squares"] = measure(arrays)
         first = _stage1(config, replaced, arrays, clips, tokenizer, left(), options)
         if first is not None:
@@ -110,7 +110,7 @@ def train(
             arrays = first.arrays
             errors["stage1"] = measure(arrays)
             if METHODS[config.method].trains_mixing and config.recalibrate:
-                arrays = calibrated(config, replaced, arrays, batch)
+                arrays = calibrated(config, replaced, arrays, fit)
                 errors["recalibrated"] = measure(arrays)
             say(f"relative error of attention: {_means(errors)}")
     at_start = validation(replaced.evaluation, arrays)

@@ -131,6 +131,8 @@ class Config(Options):
     """Learning rate of the mixing logits; AdamW without decay, linear to 0 in the last fifth."""
     router_projection_rate: float = 0.1
     """Learning rate of the routers as a share of that of the logits."""
+    calibration_clips: int = 64
+    """Clips of which the least squares of the mixing ratios are."""
     recalibrate: bool = True
     """Set the mixing ratios by least squares once more after stage 1: its soft choice of blocks
     moves them away from what suits the hard choice. The paper does not."""
@@ -249,6 +251,7 @@ _SMALLEST = {
     "block_k": 1,
     "router_steps": 0,
     "router_batch_size": 1,
+    "calibration_clips": 1,
     "router_learning_rate": 0,
     "steps": 1,
     "batch_size": 1,

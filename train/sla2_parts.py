@@ -19,6 +19,7 @@ from jaxgen.layers import (
     SLA1Attention,
     SparseLinearAttention,
     exact_attention,
+    mixing_of_sums,
 )
 from jaxgen.models.wan import Attend, WanConfig
 from jaxgen.sampling import LogitNormal, add_noise
@@ -233,22 +234,33 @@ def attention_errors(
     return np.sqrt(np.asarray(squares)).tolist()
 
 
-def calibrated(config: Config, replaced: Replaced, arrays: Arrays, batch: Batch) -> Arrays:
-    """Return the arrays with the mixing logits of least squares on one batch."""
+def calibrated(config: Config, replaced: Replaced, arrays: Arrays, clips: Batch) -> Arrays:
+    """Return the arrays with the mixing logits of least squares.
+
+    Args:
+        config: The experiment; so many clips as `router_batch_size` are computed at once.
+        replaced: The model; the inputs of attention are those of full attention.
+        arrays: Its arrays.
+        clips: `video` and `tokens`. Ratios of single blocks of queries need many.
+    """
     skeleton, levels = replaced.evaluation, config.noise_levels()
-    _, found = _measure(skeleton, levels, arrays, dict(batch), config.seed)
+    size, sums = min(config.router_batch_size, len(clips["video"])), None
+    for portion in range(len(clips["video"]) // size):
+        part = {name: x[portion * size :][:size] for name, x in clips.items()}
+        _, found = _measure(skeleton, levels, arrays, part, config.seed + portion)
+        sums = found if sums is None else jax.tree.map(jnp.add, sums, found)
+    assert sums is not None  # there is a clip
+    best = mixing_of_sums(*sums)
     blocks = [int(name.split(".blocks.")[1].split(".")[0]) for name in replaced.mixing]
-    return arrays | {
-        name: found[block] for name, block in zip(replaced.mixing, blocks, strict=True)
-    }
+    return arrays | {name: best[block] for name, block in zip(replaced.mixing, blocks, strict=True)}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _measure(skeleton: Skeleton, levels: LogitNormal, arrays, batch, seed) -> tuple[Array, Any]:
-    """Return squared relative errors and mixing logits of least squares; one program for both."""
+    """Return squared relative errors and the sums of least squares; one program for both."""
     noisy, _, sigma = noised(to_floats(batch["video"]), jax.random.key(seed), levels)
     models = skeleton.join(arrays)
-    return statistics_of_attention(models, _error_and_logits, noisy, sigma, batch["tokens"])
+    return statistics_of_attention(models, _error_and_sums, noisy, sigma, batch["tokens"])
 
 
 def _error(layer: Attend, inputs: _Inputs, full: Array) -> Array:
@@ -260,11 +272,11 @@ def _remat_error(layer: Attend, inputs: _Inputs, full: Array) -> Array:
     return jax.checkpoint(lambda full, *inputs: _error(layer, inputs, full))(full, *inputs)
 
 
-def _error_and_logits(layer: Attend, inputs: _Inputs, full: Array) -> tuple[Array, Any]:
-    logits = ()
+def _error_and_sums(layer: Attend, inputs: _Inputs, full: Array) -> tuple[Array, Any]:
+    sums = ()
     if isinstance(layer, SparseLinearAttention):
-        logits = layer.calibrate_mixing(*inputs, full)
-    return _error(layer, inputs, full), logits
+        sums = layer.mixing_sums(*inputs, full)
+    return _error(layer, inputs, full), sums
 
 
 def with_teacher(arrays: Arrays, teacher: Arrays) -> Arrays:

@@ -52,3 +52,4 @@ from jaxgen.layers.sparse_linear_attention import MixingParam as MixingParam
 from jaxgen.layers.sparse_linear_attention import RouterParam as RouterParam
 from jaxgen.layers.sparse_linear_attention import Settings as Settings
 from jaxgen.layers.sparse_linear_attention import SparseLinearAttention as SparseLinearAttention
+from jaxgen.layers.sparse_linear_attention import mixing_of_sums as mixing_of_sums

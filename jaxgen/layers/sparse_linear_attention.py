@@ -293,6 +293,26 @@ class SparseLinearAttention(nnx.Module):
         Returns:
             float32, in the shape of `mixing_logits`.
         """
+        return mixing_of_sums(*self.mixing_sums(query, key, value, full))
+
+    def mixing_sums(
+        self,
+        query: Float[Array, "batch queries heads head_dim"],
+        key: Float[Array, "batch keys heads head_dim"],
+        value: Float[Array, "batch keys heads head_dim"],
+        full: Float[Array, "batch queries heads head_dim"] | None = None,
+    ) -> tuple[Array, Array]:
+        """Returns the two products of `calibrate_mixing`; those of several batches may be added.
+
+        Args:
+            query: as for a call.
+            key: likewise.
+            value: likewise.
+            full: full attention of these; computed if None.
+
+        Returns:
+            `<T - L, S - L>` and `<S - L, S - L>`, float32, in the shape of `mixing_logits`.
+        """
         blocks = Blocks(
             query.shape[1], key.shape[1], self.block_q, self.block_k, self.kept_fraction
         )
@@ -306,9 +326,13 @@ class SparseLinearAttention(nnx.Module):
         target, sparse, linear = (blocks.split_queries(x.astype(jnp.float32)) for x in outputs)
         axes = (0, 3, 4) if len(shape) == 2 else (0, 2, 3, 4)
         along = jnp.sum((target - linear) * (sparse - linear), axis=axes)
-        square = jnp.sum(jnp.square(sparse - linear), axis=axes)
-        alpha = jnp.where(square > 0, along / jnp.where(square > 0, square, 1), 1)
-        return jax.scipy.special.logit(jnp.clip(alpha, _SMALLEST_ALPHA, _LARGEST_ALPHA))
+        return along, jnp.sum(jnp.square(sparse - linear), axis=axes)
+
+
+def mixing_of_sums(along: Array, square: Array) -> Array:
+    """Returns the mixing logits of least squares from sums of `mixing_sums`."""
+    alpha = jnp.where(square > 0, along / jnp.where(square > 0, square, 1), 1)
+    return jax.scipy.special.logit(jnp.clip(alpha, _SMALLEST_ALPHA, _LARGEST_ALPHA))
 
 
 def choose_blocks(

@@ -106,10 +106,8 @@ def measure(blocks: Blocks, *, clips: Any = None) -> list[Record]:
         levels=each.validation_levels,
         distribution=each.noise_levels(),
     )
-    fit, check = (
-        first_clips(clips[split], tokenizer, each.router_batch_size)
-        for split in ("train", "validation")
-    )
+    fit = first_clips(clips["train"], tokenizer, each.calibration_clips)
+    check = first_clips(clips["validation"], tokenizer, each.router_batch_size)
     records = []
     for config in blocks.configs():
         replaced = replace_attention(config, teacher, shape)

@@ -10,6 +10,7 @@ from jaxgen.layers import (
     RouterParam,
     SLA1Attention,
     SparseLinearAttention,
+    mixing_of_sums,
     sla1_from_turbodiffusion,
     sla1_to_turbodiffusion,
 )
@@ -106,6 +107,16 @@ def test_calibrated_mixing_is_the_best_there_is():
         assert inside.any()
         for step in (-0.1, 0.1):
             assert error(layer, best + jnp.where(inside, step, 0.0)) > least
+
+
+def test_sums_of_batches_add_up():
+    layer, operands = _layer(), _operands()
+    halves = [layer.mixing_sums(*(x[i : i + 1] for x in operands)) for i in range(2)]
+    assert len(operands[0]) == 2
+    sums = jax.tree.map(jnp.add, *halves)
+    np.testing.assert_allclose(
+        mixing_of_sums(*sums), layer.calibrate_mixing(*operands), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_calibration_where_every_block_is_chosen():
