@@ -80,7 +80,7 @@ class Config(Options):
         sla2-without-qat       fine-tuned without quantization, validated with it
 
     The same command resumes. The two stages are runs in `stage1` and `stage2` below --output;
-    `export` holds the result, which `train.text_to_video_parts.load_export` reads.
+    `export` holds the result; `jaxgen.pipelines.TextToVideo` loads it with its attention.
     """
 
     program: ClassVar[str] = "train.sla2"
