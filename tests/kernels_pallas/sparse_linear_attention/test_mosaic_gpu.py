@@ -90,6 +90,25 @@ def test_interpreted_in_groups_of_heads(grouped):
     compare(found, program("xla", **options)(*inputs), "bfloat16")
 
 
+@pytest.mark.parametrize("compile_whole", [False, True])
+def test_a_pullback_may_be_called_again(compile_whole):
+    # The backward pass writes where a residual was, so it must write into a copy of it.
+    *operands, gradient = draw(3, queries=130, keys=200, dim=64)
+    attend = functools.partial(
+        sparse_linear_attention, kept_fraction=0.4, implementation="mosaic_gpu"
+    )
+
+    def twice(gradient, *operands):
+        _, pull = jax.vjp(attend, *operands)
+        return pull(gradient), pull(gradient)
+
+    with interpreted():
+        first, second = (jax.jit(twice) if compile_whole else twice)(gradient, *operands)
+    for one, other in zip(first, second, strict=True):
+        assert np.isfinite(np.asarray(one, np.float32)).all()
+        np.testing.assert_array_equal(*(np.asarray(x, np.float32) for x in (one, other)))
+
+
 def test_interpreted_forward_alone():
     *operands, _ = draw(1, queries=100, keys=200, dim=64)
     attend = functools.partial(sparse_linear_attention, kept_fraction=0.4)
