@@ -132,7 +132,7 @@ class Config(Options):
     router_projection_rate: float = 0.1
     """Learning rate of the routers as a share of that of the logits."""
     calibration_clips: int = 64
-    """Clips of which the least squares of the mixing ratios are."""
+    """Clips of which the least squares of the mixing ratios are, whole batches of stage 1."""
     recalibrate: bool = True
     """Set the mixing ratios by least squares once more after stage 1: its soft choice of blocks
     moves them away from what suits the hard choice. The paper does not."""

@@ -238,10 +238,11 @@ def calibrated(config: Config, replaced: Replaced, arrays: Arrays, clips: Batch)
     """Return the arrays with the mixing logits of least squares.
 
     Args:
-        config: The experiment; so many clips as `router_batch_size` are computed at once.
+        config: The experiment; `router_batch_size` clips are computed at once.
         replaced: The model; the inputs of attention are those of full attention.
         arrays: Its arrays.
-        clips: `video` and `tokens`. Ratios of single blocks of queries need many.
+        clips: `video` and `tokens`, of which whole batches are used. Ratios of single blocks of
+            queries need many.
     """
     skeleton, levels = replaced.evaluation, config.noise_levels()
     size, sums = min(config.router_batch_size, len(clips["video"])), None

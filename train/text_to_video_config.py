@@ -65,8 +65,8 @@ class Config(Options):
     qk_gain: float = 1.0
     """Initial gain of the norms of queries and keys of self-attention. Large video models attend
     sharply; small ones, trained for minutes, stay near the mean of all tokens in many heads. With a
-    gain of 1.7 the scores begin with a standard deviation of 3, and a twentieth of the keys has
-    nine tenths of the weight."""
+    gain of 1.7 scores of random directions have a standard deviation of 3, and if they are normal a
+    twentieth of the keys has nine tenths of the weight."""
     start_from: Path | None = None
     """Export of another run whose weights are the start, with a new optimizer; None: new ones."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"

@@ -276,7 +276,6 @@ class SparseLinearAttention(nnx.Module):
         query: Float[Array, "batch queries heads head_dim"],
         key: Float[Array, "batch keys heads head_dim"],
         value: Float[Array, "batch keys heads head_dim"],
-        full: Float[Array, "batch queries heads head_dim"] | None = None,
     ) -> Float[Array, "heads query_blocks"] | Float[Array, " heads"]:
         """Returns mixing logits that come closest to full attention on these inputs.
 
@@ -288,11 +287,11 @@ class SparseLinearAttention(nnx.Module):
             query: as for a call.
             key: likewise.
             value: likewise.
-            full: full attention of these; computed if None.
 
         Returns:
             float32, in the shape of `mixing_logits`.
         """
+        full = exact_attention(query, key, value)
         return mixing_of_sums(*self.mixing_sums(query, key, value, full))
 
     def mixing_sums(
@@ -300,7 +299,7 @@ class SparseLinearAttention(nnx.Module):
         query: Float[Array, "batch queries heads head_dim"],
         key: Float[Array, "batch keys heads head_dim"],
         value: Float[Array, "batch keys heads head_dim"],
-        full: Float[Array, "batch queries heads head_dim"] | None = None,
+        full: Float[Array, "batch queries heads head_dim"],
     ) -> tuple[Array, Array]:
         """Returns the two products of `calibrate_mixing`; those of several batches may be added.
 
@@ -308,7 +307,7 @@ class SparseLinearAttention(nnx.Module):
             query: as for a call.
             key: likewise.
             value: likewise.
-            full: full attention of these; computed if None.
+            full: full attention of these.
 
         Returns:
             `<T - L, S - L>` and `<S - L, S - L>`, float32, in the shape of `mixing_logits`.
@@ -317,8 +316,6 @@ class SparseLinearAttention(nnx.Module):
             query.shape[1], key.shape[1], self.block_q, self.block_k, self.kept_fraction
         )
         shape = self.mixing_logits.shape
-        if full is None:
-            full = exact_attention(query, key, value)
         outputs = [full] + [
             self._attend(query, key, value, jnp.full(shape, logit, jnp.float32), "hard")
             for logit in (ALL_SPARSE, -ALL_SPARSE)

@@ -111,8 +111,9 @@ def test_calibrated_mixing_is_the_best_there_is():
 
 def test_sums_of_batches_add_up():
     layer, operands = _layer(), _operands()
-    halves = [layer.mixing_sums(*(x[i : i + 1] for x in operands)) for i in range(2)]
+    arrays = (*operands, jax.nn.dot_product_attention(*operands))
     assert len(operands[0]) == 2
+    halves = [layer.mixing_sums(*(x[i : i + 1] for x in arrays)) for i in range(2)]
     sums = jax.tree.map(jnp.add, *halves)
     np.testing.assert_allclose(
         mixing_of_sums(*sums), layer.calibrate_mixing(*operands), rtol=1e-4, atol=1e-4
