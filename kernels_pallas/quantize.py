@@ -88,7 +88,7 @@ def wide_dtype(dtype: Any) -> jnp.dtype:
 
 
 def subtract_mean(
-    x: jax.Array, attended: jax.Array, *, token_axes: tuple[int, ...]
+    x: jax.Array, attended: jax.Array, *, token_axes: tuple[int, ...], enabled: bool = True
 ) -> tuple[jax.Array, jax.Array]:
     """Subtract the mean over the attended tokens and zero all others.
 
@@ -101,6 +101,7 @@ def subtract_mean(
         x: (..., tokens, head_dim), any float dtype.
         attended: bool, broadcastable to `x`, with head_dim of size one.
         token_axes: the axes of `x` that hold tokens.
+        enabled: False takes the mean to be zero.
 
     Returns:
         The smoothed tokens and their mean, both float32; the mean keeps `token_axes` at size one.
@@ -108,4 +109,5 @@ def subtract_mean(
     x = jnp.where(attended, x.astype(jnp.float32), 0.0)
     count = jnp.sum(attended.astype(jnp.float32), axis=token_axes, keepdims=True)
     mean = jnp.sum(x, axis=token_axes, keepdims=True) / jnp.maximum(count, 1.0)
+    mean = mean if enabled else jnp.zeros_like(mean)
     return jnp.where(attended, x - mean, 0.0), mean

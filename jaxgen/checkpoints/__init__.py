@@ -14,6 +14,7 @@ from jaxgen.checkpoints.autoencoder import load_autoencoder_folder as load_autoe
 from jaxgen.checkpoints.autoencoder import save_autoencoder_folder as save_autoencoder_folder
 from jaxgen.checkpoints.configs import config_from_json as config_from_json
 from jaxgen.checkpoints.configs import config_to_json as config_to_json
+from jaxgen.checkpoints.decoder_sharding import decoder_sharding as decoder_sharding
 from jaxgen.checkpoints.diffusion_lm import diffusion_lm_shapes as diffusion_lm_shapes
 from jaxgen.checkpoints.diffusion_lm import export_diffusion_lm as export_diffusion_lm
 from jaxgen.checkpoints.diffusion_lm import load_diffusion_lm as load_diffusion_lm
@@ -25,7 +26,6 @@ from jaxgen.checkpoints.diffusion_lm_configs import (
 from jaxgen.checkpoints.diffusion_lm_configs import (
     diffusion_lm_config_to_json as diffusion_lm_config_to_json,
 )
-from jaxgen.checkpoints.diffusion_lm_sharding import diffusion_lm_sharding as diffusion_lm_sharding
 from jaxgen.checkpoints.files import parse_json_object as parse_json_object
 from jaxgen.checkpoints.files import write_atomically as write_atomically
 from jaxgen.checkpoints.flat import export_flat as export_flat

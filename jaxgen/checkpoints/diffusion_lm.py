@@ -140,7 +140,7 @@ def load_diffusion_lm(
             equals the embedding.
         source: what to call the arrays in an error, for example the path of their file.
         sharding: where the parameters go: a sharding for all, or a function from our dotted path
-            and shape of a parameter to one, see `diffusion_lm_sharding`; the default device if
+            and shape of a parameter to one, see `decoder_sharding`; the default device if
             None.
         progress: called with the bytes loaded and those of all; True for a bar on stderr.
 
@@ -196,7 +196,7 @@ def load_diffusion_lm_folder(
         scan: compile one block and loop over the weights of all.
         sharding: where the parameters go: a `jax.sharding.Sharding` for all, or a function from
             the dotted path (`blocks.0.mlp.up.kernel`) and our shape of a parameter to one, see
-            `diffusion_lm_sharding`; the default device if None.
+            `decoder_sharding`; the default device if None.
         progress: called with the bytes loaded and those of all after each array; True for a bar
             on stderr.
 

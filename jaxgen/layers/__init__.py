@@ -36,6 +36,10 @@ from jaxgen.layers.norms import GroupNorm as GroupNorm
 from jaxgen.layers.norms import LayerNorm as LayerNorm
 from jaxgen.layers.norms import RMSNorm as RMSNorm
 from jaxgen.layers.norms import layer_norm as layer_norm
+from jaxgen.layers.partitioning import MESH_AXES as MESH_AXES
+from jaxgen.layers.partitioning import attend_on_mesh as attend_on_mesh
+from jaxgen.layers.partitioning import divide as divide
+from jaxgen.layers.partitioning import partition_spec as partition_spec
 from jaxgen.layers.rotary import Rotary as Rotary
 from jaxgen.layers.rotary import rotate as rotate
 from jaxgen.layers.rotary import rotate_halves as rotate_halves

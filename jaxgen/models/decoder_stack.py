@@ -14,6 +14,7 @@ from jaxgen.layers import (
     DecoderBlock,
     Rotary,
     attention_function,
+    divide,
     linear_of,
     norm_of,
     scan_blocks,
@@ -77,7 +78,8 @@ class DecoderStack(nnx.Module):
 
     def embed(self, tokens: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens width"]:
         """Returns the input embeddings of ids, in the computation dtype."""
-        return self.embedding(tokens)
+        table = divide(self.input_table(), "vocabulary", None)
+        return divide(jnp.take(table, tokens, axis=0), "batch", "tokens", None)
 
     def input_table(self) -> Float[Array, "vocabulary width"]:
         """Returns the input embeddings of all tokens, in the computation dtype."""
@@ -107,7 +109,7 @@ class DecoderStack(nnx.Module):
             scan: compile one block and loop over the weights of all, copied together first.
             policy: what of a block is kept with `recompute`.
         """
-        call = lambda block, x: block(x, rotary, attend)
+        call = lambda block, x: divide(block(x, rotary, attend), "batch", "tokens", None)
         call = _recomputed(call, policy) if recompute else call
         if scan:
             x = scan_blocks(self.blocks, call, x)

@@ -16,8 +16,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jaxgen.layers import Attend, AttentionName, attention_function
+from jaxgen.layers import Attend, AttentionName, attend_on_mesh, attention_function
 from jaxgen.models.decoder_stack import DecoderStack, check_stack
+from jaxgen.models.fields import require_bool
 
 Remat = Literal["none", "block", "keep_attention"]
 
@@ -40,6 +41,7 @@ class LanguageModelConfig:
         max_tokens: longest sequence that the model is made for; only recorded.
         eps: epsilon of all norms.
         attention: "exact" or "int8" (`kernels_pallas.sage_attention`).
+        smooth_keys: INT8 attention quantizes keys less their mean; False is for experiments.
         remat: what the backward pass computes again: "none"; "block", everything from the input of
             each block; "keep_attention", all but what INT8 attention keeps for itself, its dearest
             part. Exact attention names nothing to keep, and is computed again with both.
@@ -65,6 +67,7 @@ class LanguageModelConfig:
     max_tokens: int = 4096
     eps: float = 1e-6
     attention: AttentionName = "exact"
+    smooth_keys: bool = True
     remat: Remat = "none"
     scan: bool = False
     dtype: DTypeLike = jnp.float32
@@ -72,6 +75,7 @@ class LanguageModelConfig:
 
     def __post_init__(self):
         check_stack(self)
+        require_bool(self, "smooth_keys")
         if self.remat not in get_args(Remat):
             allowed = ", ".join(get_args(Remat))
             raise ValueError(f"remat must be one of {allowed}, got {self.remat!r}")
@@ -151,12 +155,20 @@ class LanguageModel(DecoderStack):
         )
 
     def _attend(self, segment_ids: Array | None) -> Attend:
-        attention, options = attention_function(self.config.attention), dict[str, Any]()
-        if segment_ids is not None and self.config.attention == "int8":
-            options = {"query_segment_ids": segment_ids, "key_value_segment_ids": segment_ids}
-        elif segment_ids is not None:
-            options = {"mask": (segment_ids[:, :, None] == segment_ids[:, None])[:, None]}
-        return lambda query, key, value: attention(query, key, value, is_causal=True, **options)
+        attention = attention_function(self.config.attention)
+        integer = self.config.attention == "int8"
+
+        def attend(query: Array, key: Array, value: Array, ids: Array | None) -> Array:
+            options: dict[str, Any] = {"smooth_keys": self.config.smooth_keys} if integer else {}
+            if ids is not None and integer:
+                options |= {"query_segment_ids": ids, "key_value_segment_ids": ids}
+            elif ids is not None:
+                options = {"mask": (ids[:, :, None] == ids[:, None])[:, None]}
+            return attention(query, key, value, is_causal=True, **options)
+
+        return lambda query, key, value: attend_on_mesh(
+            attend, query, key, value, segment_ids, kernel=integer
+        )
 
 
 _LLAMA = LanguageModelConfig(

@@ -181,12 +181,13 @@ def weighted_cross_entropy(
         hidden: what it takes.
         targets: the right tokens.
         weights: of each position.
-        chunk: positions at a time; their logits are computed again in the backward pass.
+        chunk: about how many positions at a time, at least one of each row; their logits are
+            computed again in the backward pass.
     """
 
     def part(hidden: Array, targets: Array, weights: Array) -> Array:
         scores = logits(hidden).astype(jnp.float32)
-        right = jnp.take_along_axis(scores, targets[:, None], axis=-1)[:, 0]
+        right = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
         return jnp.sum(weights * (jax.nn.logsumexp(scores, axis=-1) - right))
 
     return jnp.sum(_over_chunks(part, chunk, hidden, targets, weights))
@@ -205,18 +206,25 @@ def _predicted(
         logits = jax.lax.stop_gradient(reference.logits(known))
         return settings.residual(logits, table, model.config.mask_id)
 
+    def in_order(parts: Array) -> Array:
+        return jnp.moveaxis(parts, 0, 2).reshape(rows, -1, *parts.shape[3:])[:, :length]
+
     rows, length, _ = known.shape
-    residual = _over_chunks(part, training.chunk, known)
-    flat = lambda array: array.reshape(-1, *array.shape[2:])[: rows * length]
-    return jax.tree.map(lambda a: flat(a).reshape(rows, length, *a.shape[2:]), residual)
+    return jax.tree.map(in_order, _over_chunks(part, training.chunk, known))
 
 
 def _over_chunks(function: Callable, chunk: int, *arrays: Array):
-    """Maps over chunks of all positions, the last one padded with zeros; results are stacked."""
-    flat = [array.reshape(-1, *array.shape[2:]) for array in arrays]
-    count = len(flat[0])
-    chunk = min(chunk, count)
-    missing = -count % chunk
-    padded = [jnp.pad(array, ((0, missing), *((0, 0),) * (array.ndim - 1))) for array in flat]
-    cut = [array.reshape(-1, chunk, *array.shape[1:]) for array in padded]
-    return jax.lax.map(lambda parts: jax.checkpoint(function)(*parts), tuple(cut))
+    """Maps over parts of the tokens of all rows, the last ones padded; results are stacked.
+
+    Neighboring tokens go to different parts, so that each part lies on all devices, as the arrays
+    do, whether rows or tokens are divided between them.
+    """
+    rows, length = arrays[0].shape[:2]
+    parts = min(length, -(-rows * length // chunk))
+    missing = -length % parts
+
+    def cut(array: Array) -> Array:
+        padded = jnp.pad(array, ((0, 0), (0, missing), *((0, 0),) * (array.ndim - 2)))
+        return jnp.moveaxis(padded.reshape(rows, -1, parts, *array.shape[2:]), 2, 0)
+
+    return jax.lax.map(lambda x: jax.checkpoint(function)(*x), tuple(map(cut, arrays)))

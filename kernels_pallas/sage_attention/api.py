@@ -38,6 +38,7 @@ class _Call:
         structure: the static half.
         scale: factor on the scores.
         smooth_values: as given.
+        smooth_keys: as given.
         return_residual: as given.
         has_lengths: whether lengths of the queries, and of the keys, were given.
     """
@@ -50,6 +51,7 @@ class _Call:
     structure: Structure
     scale: float
     smooth_values: bool
+    smooth_keys: bool
     return_residual: bool
     has_lengths: tuple[bool, bool]
 
@@ -59,6 +61,7 @@ def _xla(call: _Call):
         scale=call.scale,
         structure=call.structure,
         smooth_values=call.smooth_values,
+        smooth_keys=call.smooth_keys,
         tiling=Tiling.for_lengths(call.query.shape[1], call.key.shape[1]),
     )
     arrays = call.query, call.key, call.value, call.bias, call.masking
@@ -74,6 +77,7 @@ def _mosaic_gpu(call: _Call):
         scale=scale,
         structure=call.structure,
         smooth_values=call.smooth_values,
+        smooth_keys=call.smooth_keys,
         ragged_queries=call.has_lengths[0],
         ragged_keys=call.has_lengths[1],
         segmented=call.masking.segments is not None,
@@ -121,6 +125,7 @@ def sage_attention(
     implementation: ImplementationName | None = None,
     return_residual: bool = False,
     smooth_values: bool = False,
+    smooth_keys: bool = True,
     **flax_options: Any,
 ) -> Array | tuple[Array, Array]:
     r"""INT8 attention that trains: `softmax(scale · QKᵀ + bias) V` with quantized matrix products.
@@ -161,6 +166,9 @@ def sage_attention(
         smooth_values: quantize the values less their mean over the tokens, which is added to the
             output. Not in the paper. Use it where channels of the values have means far above
             their spread: without it the error of dQ and dK grows with that ratio.
+        smooth_keys: quantize the keys less their mean over the tokens, which changes no score by
+            more than the softmax ignores. False is for experiments: keys with channels of large
+            mean then lose most of their bits (SageBwd, section 6).
         **flax_options: the keywords that `nnx.MultiHeadAttention` hands to its `attention_fn`.
             `dtype` casts the operands; dropout, sown weights and custom einsums are refused;
             `precision` and what concerns dropout only have no effect.
@@ -189,6 +197,7 @@ def sage_attention(
         key_value_segment_ids=key_value_segment_ids,
         return_residual=return_residual,
         smooth_values=smooth_values,
+        smooth_keys=smooth_keys,
         flax_options=flax_options,
     )
     chosen, _ = dispatch.choose(_IMPLEMENTATIONS, call, implementation)
@@ -261,6 +270,7 @@ def _canonical(
     key_value_segment_ids=None,
     return_residual=False,
     smooth_values=False,
+    smooth_keys=True,
     flax_options,
 ) -> tuple[_Call, tuple[int, ...]]:
     """Checks the arguments and brings them into one form; also returns the batch axes."""
@@ -305,6 +315,7 @@ def _canonical(
         structure,
         scale,
         bool(smooth_values),
+        bool(smooth_keys),
         bool(return_residual),
         (query_seq_lengths is not None, key_value_seq_lengths is not None),
     )

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels_pallas.varying import varying_like
+
 
 class Structure(NamedTuple):
     """The static half of a mask: what is known when a program is compiled."""
@@ -95,7 +97,7 @@ def coverage(
         return attending | jnp.any(allowed, axis=-1), jnp.any(allowed, axis=-2)
 
     shape = jax.eval_shape(lambda: visible(masking, structure, jnp.int32(0), queries, block)).shape
-    attending = jnp.zeros(shape[:-1], bool)
+    attending = varying_like(masking, jnp.zeros(shape[:-1], bool))
     starts = jnp.arange(0, keys, block, dtype=jnp.int32)
     attending, attended = lax.scan(examine, attending, starts)
     return attending, jnp.moveaxis(attended, 0, -2).reshape(*shape[:2], keys)

@@ -34,6 +34,7 @@ class Options:
         scale: factor on the scores, not negative.
         structure: causal mask and local window.
         smooth_values: subtract the mean value before quantization and add it to the output.
+        smooth_keys: subtract the mean key before quantization.
         ragged_queries: whether lengths of the queries are given when the program runs.
         ragged_keys: the same for keys.
         return_logsumexp: whether the log-sum-exp is wanted.
@@ -45,6 +46,7 @@ class Options:
     scale: float
     structure: Structure
     smooth_values: bool
+    smooth_keys: bool
     ragged_queries: bool
     ragged_keys: bool
     segmented: bool
@@ -132,6 +134,8 @@ def _forward(options, differentiated, query, key, value, lengths, ids):
         query = _keep(query, attending)
     value = _keep(value, attended)
     key_mean, value_mean = _mean(key, attended), None
+    if not options.smooth_keys:
+        key_mean = jnp.zeros_like(key_mean)
     if ids is not None and attended is not None:
         # Lengths do not cut off what nobody sees among others, so it becomes zero this way.
         key = jnp.where(attended[..., None, None], key, key_mean[:, None].astype(dtype))

@@ -58,6 +58,7 @@ class Options:
         tiling: what shares a scale.
         product_dtype: of the operands of dP = dO·Vᵀ; None is that of the inputs.
         smooth_values: subtract the mean value before quantization and add it to the output.
+        smooth_keys: subtract the mean key before quantization.
         quantize: False computes exact attention by the same path, to separate error sources.
     """
 
@@ -66,6 +67,7 @@ class Options:
     tiling: Tiling = dataclasses.field(default_factory=Tiling)
     product_dtype: Any = None
     smooth_values: bool = False
+    smooth_keys: bool = True
     quantize: bool = True
 
     @property
@@ -144,7 +146,9 @@ def forward(
     value_mean, product_dtype = None, options.product_dtype or value.dtype
     if options.smooth_values:
         value, value_mean = subtract_mean(value, attended, token_axes=(0, 3))
-    smooth_key, key_mean = subtract_mean(layout.tile_keys(key), attended, token_axes=(0, 3))
+    smooth_key, key_mean = subtract_mean(
+        layout.tile_keys(key), attended, token_axes=(0, 3), enabled=options.smooth_keys
+    )
     quantized_query = quantize(query, tile_axes=(4, 5), enabled=options.quantize)
     quantized_key = quantize(smooth_key, tile_axes=(3, 4), enabled=options.quantize)
     quantized_value = quantize(value, tile_axes=(3, 4), enabled=options.quantize)

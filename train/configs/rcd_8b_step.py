@@ -25,7 +25,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxgen.checkpoints import diffusion_lm_sharding, write_atomically
+from jaxgen.checkpoints import decoder_sharding, write_atomically
 from jaxgen.models import DIFFUSION_LM_PRESETS, DiffusionLM, DiffusionLMConfig
 from jaxgen.sampling import MaskedDiffusion, ResidualContext, diffusion_lm_loss
 from train.configs.decoding_speed import random_model
@@ -149,7 +149,7 @@ def measure(step: Step) -> dict[str, Any]:
 
 def sharded(model: DiffusionLM, mesh: Mesh) -> DiffusionLM:
     """Return a model whose arrays are split over the mesh."""
-    choose = diffusion_lm_sharding(mesh)
+    choose = decoder_sharding(mesh)
     graph, state = nnx.split(model)
     placed = [
         (

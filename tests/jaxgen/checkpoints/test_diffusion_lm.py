@@ -14,7 +14,7 @@ from flax import nnx
 
 from jaxgen.checkpoints import (
     diffusion_lm_shapes,
-    diffusion_lm_sharding,
+    decoder_sharding,
     export_diffusion_lm,
     export_flat,
     load_diffusion_lm,
@@ -201,7 +201,7 @@ def test_one_array_is_read_at_a_time(name, sharded):
     model = load_diffusion_lm(
         config_of(name),
         readers,
-        sharding=diffusion_lm_sharding(mesh_of(fsdp=2, tensor=2)) if sharded else None,
+        sharding=decoder_sharding(mesh_of(fsdp=2, tensor=2)) if sharded else None,
         progress=lambda *numbers: told.append(numbers),
     )
     assert _Reader.reads == len(readers) == len(told)
@@ -224,7 +224,7 @@ def test_the_host_holds_about_one_array_more_than_the_model(tmp_path):
         for key, shape in diffusion_lm_shapes(config).items()
     }
     # Saved from several devices: what lies on one CPU device needs no copy on the host.
-    sharding = diffusion_lm_sharding(mesh_of(fsdp=2, tensor=2))
+    sharding = decoder_sharding(mesh_of(fsdp=2, tensor=2))
     model = load_diffusion_lm(config, weights, sharding=sharding)
     total = sum(array.nbytes for array in weights.values())
     largest = max(array.nbytes for array in weights.values())

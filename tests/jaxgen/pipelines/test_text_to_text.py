@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxgen.checkpoints import diffusion_lm_sharding, save_diffusion_lm_folder
+from jaxgen.checkpoints import decoder_sharding, save_diffusion_lm_folder
 from jaxgen.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
 from jaxgen.pipelines import Texts, TextToText
 from jaxgen.pipelines.chat import CHATML, LLADA, ChatFormat
@@ -354,7 +354,7 @@ def test_weights_may_be_shared_by_devices(models, pipelines, tmp_path):
     folder = _folder(tmp_path, "sdar", models["sdar"], block_size=BLOCK)
     mesh = Mesh(np.array(jax.devices()[:2]), ("tensor",), axis_types=(AxisType.Auto,))
     loaded = TextToText.from_pretrained(
-        folder, dtype=jnp.float32, sharding=diffusion_lm_sharding(mesh)
+        folder, dtype=jnp.float32, sharding=decoder_sharding(mesh)
     )
     assert len(loaded.model.head.kernel[...].sharding.device_set) == 2
     expected = pipelines["sdar"](PROMPTS[:1], new_tokens=20, decoder=loaded.default_decoder(20))

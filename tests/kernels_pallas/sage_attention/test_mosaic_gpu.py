@@ -26,7 +26,7 @@ def with_gradients(attend, inputs):
     return out, *pullback(jnp.asarray(inputs[3]).astype(out.dtype))
 
 
-def like_the_kernels(*, smooth_values=False, keys, **options):
+def like_the_kernels(*, smooth_values=False, smooth_keys=True, keys, **options):
     """The reference with the kernels' description of tiles."""
 
     def attend(query, key, value):
@@ -43,6 +43,7 @@ def like_the_kernels(*, smooth_values=False, keys, **options):
             structure=structure,
             tiling=mosaic_gpu.tiling_for(keys),
             smooth_values=smooth_values,
+            smooth_keys=smooth_keys,
             product_dtype=jnp.float16 if query.dtype == jnp.float16 else jnp.bfloat16,
         )
         ids = None
@@ -138,6 +139,8 @@ CASES = {
     ),
     "one token": ({"queries": 1}, {}),
     "smooth values": ({"queries": 130}, {"smooth_values": True}),
+    "keys as they are": ({"queries": 130}, {"smooth_keys": False}),
+    "keys as they are, causal": ({"queries": 300}, {"smooth_keys": False, "is_causal": True}),
     "scale": ({"queries": 130}, {"scale": 0.3}),
     "negative scale": ({"queries": 130}, {"scale": -0.2, "is_causal": True}),
     "scale of zero": ({"queries": 130}, {"scale": 0.0}),

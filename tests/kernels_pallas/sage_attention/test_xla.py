@@ -221,3 +221,19 @@ def test_one_scale_a_tile_is_less_accurate():
         errors[scales] = [relative_l2(x, y) for x, y in zip(gradients, expected, strict=False)]
     assert np.all(2 * np.array(errors["vector"]) <= 1.1 * np.array(errors["tile"]))
     assert np.max(errors["tile"]) <= 0.052
+
+
+def test_keys_with_a_large_mean_need_smoothing():
+    """Without it their common part takes the codes; both compute the same attention."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    query, key, value = (jax.random.normal(k, (1, 200, 2, 32)) for k in keys[:3])
+    errors = {}
+    for shift in (0.0, 20.0):
+        moved = key + shift * jax.random.normal(keys[3], (1, 1, 1, 32))
+        exact = jax.nn.dot_product_attention(query, moved, value)
+        for smooth in (True, False):
+            out = sage_attention(query, moved, value, smooth_keys=smooth, implementation="xla")
+            errors[shift, smooth] = float(jnp.linalg.norm(out - exact) / jnp.linalg.norm(exact))
+    assert errors[0.0, False] < 0.03
+    assert errors[20.0, True] == pytest.approx(errors[0.0, True], rel=0.1)
+    assert errors[20.0, False] > 5 * errors[20.0, True]

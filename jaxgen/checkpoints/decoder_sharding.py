@@ -1,4 +1,4 @@
-"""Which device holds which part of a diffusion language model that one alone cannot hold.
+"""Which device holds which part of a language model that one alone cannot hold.
 
 Two axes of a mesh of devices share a matrix. Over "tensor" the work is shared: the projections that
 begin a branch are split by what they compute, those that end it by what they take, so that a
@@ -16,10 +16,10 @@ _SPLIT_FIRST = {"embedding", "output", "down"}
 _SPLIT_LAST = {"query", "key", "value", "gate", "up", "head"}
 
 
-def diffusion_lm_sharding(
+def decoder_sharding(
     mesh: Mesh, *, fsdp: str = "fsdp", tensor: str = "tensor"
 ) -> Callable[[str, tuple[int, ...]], NamedSharding]:
-    """Returns a function that places the parameters of a `DiffusionLM`, for `sharding=`.
+    """Returns a function that places the parameters of a `DiffusionLM` or `LanguageModel`.
 
     Queries, keys, values, gate and up are split over their output, the projections that end a
     branch over their input, the embedding and the head over the vocabulary, all by `tensor`; their

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxgen.checkpoints import (
-    diffusion_lm_sharding,
+    decoder_sharding,
     export_diffusion_lm,
     flat_shapes,
     load_safetensors,
@@ -49,20 +49,20 @@ from tests.jaxgen.checkpoints.diffusion_lm_files import (
 )
 def test_every_parameter_is_split_where_it_should(path, shape, spec):
     mesh = mesh_of(fsdp=2, tensor=2)
-    assert diffusion_lm_sharding(mesh)(path, shape) == NamedSharding(mesh, PartitionSpec(*spec))
+    assert decoder_sharding(mesh)(path, shape) == NamedSharding(mesh, PartitionSpec(*spec))
     # Axes under other names, and a mesh without one of them.
     other = {"fsdp": "data", "tensor": "model", None: None}
     mesh = mesh_of(data=2, model=2)
     renamed = PartitionSpec(*(other[axis] for axis in spec))
-    assert diffusion_lm_sharding(mesh, fsdp="data", tensor="model")(path, shape).spec == renamed
+    assert decoder_sharding(mesh, fsdp="data", tensor="model")(path, shape).spec == renamed
     only = PartitionSpec(*(axis if axis == "tensor" else None for axis in spec))
-    assert diffusion_lm_sharding(mesh_of(tensor=2))(path, shape).spec == only
-    assert diffusion_lm_sharding(mesh)(path, shape).is_fully_replicated
+    assert decoder_sharding(mesh_of(tensor=2))(path, shape).spec == only
+    assert decoder_sharding(mesh)(path, shape).is_fully_replicated
 
 
 def test_two_axes_are_needed():
     with pytest.raises(ValueError, match="fsdp and tensor must be two axes, got 'x' for both"):
-        diffusion_lm_sharding(mesh_of(x=4), fsdp="x", tensor="x")
+        decoder_sharding(mesh_of(x=4), fsdp="x", tensor="x")
 
 
 @functools.cache
@@ -74,7 +74,7 @@ def _released_shapes(name):
 @pytest.mark.parametrize("axes", [{"fsdp": 4}, {"tensor": 4}, {"fsdp": 2, "tensor": 2}])
 @pytest.mark.parametrize("name", ["llada-8b", "sdar-8b"])
 def test_four_devices_hold_a_quarter_each(name, axes):
-    place, held, total = diffusion_lm_sharding(mesh_of(**axes)), 0, 0
+    place, held, total = decoder_sharding(mesh_of(**axes)), 0, 0
     for path, shape in _released_shapes(name).items():
         assert shape.dtype == jnp.bfloat16
         total += 2 * math.prod(shape.shape)
@@ -85,7 +85,7 @@ def test_four_devices_hold_a_quarter_each(name, axes):
 
 @pytest.mark.parametrize("axes", [{"fsdp": 2, "tensor": 2}, {"tensor": 4}])
 def test_a_model_on_four_devices_computes_the_same(axes):
-    sharding = diffusion_lm_sharding(mesh_of(**axes))
+    sharding = decoder_sharding(mesh_of(**axes))
     model = load_golden("sdar", sharding=sharding)
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         wanted = sharding(".".join(map(str, path)), variable.shape)
@@ -99,7 +99,7 @@ def test_a_model_on_four_devices_computes_the_same(axes):
 
 
 def test_a_sharded_model_is_saved_as_another(tmp_path):
-    model = load_golden("llada", sharding=diffusion_lm_sharding(mesh_of(fsdp=2, tensor=2)))
+    model = load_golden("llada", sharding=decoder_sharding(mesh_of(fsdp=2, tensor=2)))
     save_diffusion_lm_folder(tmp_path, model)
     saved = load_safetensors(tmp_path / WEIGHTS)
     for key, array in weights_of("llada").items():
