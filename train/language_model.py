@@ -12,7 +12,10 @@ from typing import Any
 import jax
 from flax import nnx
 
+from jaxgen.checkpoints import decoder_sharding
 from jaxgen.models import LanguageModel
+from train import distributed
+from train.attention_statistics import warning_of, write_statistics
 from train.corpus import Batches, Documents
 from train.language_model_config import Config
 from train.language_model_parts import (
@@ -21,6 +24,7 @@ from train.language_model_parts import (
     model_config,
     open_documents,
     save_export,
+    statistics_batch,
     validate,
 )
 from train.metrics import JsonLines, Row
@@ -35,6 +39,7 @@ from train.run import (
     printer,
     run_record,
 )
+from train.sharding import rows_shared
 from train.state import Arrays, make_optimizer, take_apart
 
 
@@ -57,14 +62,18 @@ def train(
         ValueError: The batch does not fit the devices, the text is no text, or the folder holds a
             run with another configuration or of another text.
         FloatingPointError: `config.skips_in_a_row` updates in a row were not finite.
-        NotImplementedError: JAX was started with several processes.
     """
     mesh = mesh_of(config)  # refuses before anything is made
-    if config.batch_size % (mesh.size * config.accumulate):
+    if config.batch_size % (rows_shared(mesh) * config.accumulate):
         raise ValueError(
-            "batch_size must be a multiple of the number of devices times accumulate, got "
-            f"batch_size={config.batch_size}, {mesh.size} devices and "
+            "batch_size must be a multiple of the devices that share its rows times accumulate, "
+            f"got batch_size={config.batch_size}, {rows_shared(mesh)} devices and "
             f"accumulate={config.accumulate}"
+        )
+    if config.context % config.context_parallel:
+        raise ValueError(
+            "context must be a multiple of context_parallel, got "
+            f"context={config.context} and context_parallel={config.context_parallel}"
         )
     say, tokenizer = printer(show_progress), make_tokenizer(config)
     documents = open_documents(config, tokenizer) if documents is None else documents
@@ -92,6 +101,8 @@ def train(
             "tokens_per_second": config.context,
             "mfu": operations / (config.peak_teraflops * 1e12 * mesh.size),
         },
+        place=decoder_sharding,
+        traceable=True,
     )
     stream = Batches(
         learned,
@@ -99,6 +110,8 @@ def train(
         batch_size=config.batch_size,
         seed=config.seed,
         split=not config.whole_documents,
+        shard_index=jax.process_index(),
+        shard_count=jax.process_count(),
     )
 
     def check(step: int, arrays: Arrays) -> None:
@@ -108,16 +121,32 @@ def train(
         writer.write({"step": step} | validate(skeleton, config, arrays, held_out))
         writer.close()
 
+    def measure(step: int, arrays: Arrays) -> None:
+        model = skeleton.join(jax.device_put({name: arrays[name] for name in skeleton.names}))
+        batch = statistics_batch(config, documents.part("validation", config.held_out))
+        rows = write_statistics(
+            config.output / "attention.jsonl",
+            step,
+            model,
+            batch,
+            across_documents=config.across_documents,
+            chunk=config.chunk,
+        )
+        if config.attention == "int8" and (warning := warning_of(rows)):
+            say(warning)
+
     result = carry_out(
         config,
         plan,
         stream,
-        hooks=[Hook(config.validate_every, check)],
+        hooks=[Hook(config.validate_every, check), Hook(config.statistics_every, measure)],
         on_row=on_row,
         show_progress=show_progress,
     )
     export = result.folder / "export"
     made_steps = result.step > result.first_step
+    if not distributed.first():
+        return result
     if result.stopped in ("finished", "time limit") and (made_steps or not export.exists()):
         model = skeleton.join(jax.device_put(result.arrays))
         save_export(export, model, make_card(config, result, learned), config.export_dtype)
@@ -140,6 +169,7 @@ def make_card(config: Config, result: Finished, documents: Documents) -> dict[st
 def main() -> None:
     """Parse the command line and train; the exit code tells how it ended, see `run.as_command`."""
     config = parse(Config)
+    distributed.start(config)
     as_command(lambda: train(config).stopped)
 
 

@@ -35,8 +35,9 @@ class Config(Options):
     across documents. The text is yours, or Python source found on this machine.
 
     The same command resumes a stopped run with the same state and batches; with --time-limit a long
-    training can be cut into pieces. One process, on one device or several (--fsdp). To try it on a
-    CPU in a minute:
+    training can be cut into pieces. It runs on one device or many (--fsdp, --tensor,
+    --context-parallel), of one process or of several (--coordinator). To try it on a CPU in a
+    minute:
 
         python -m train.language_model --output runs/try --model tiny --context 128 --batch-size 8
             --precision float32 --steps 100 --warmup-steps 10
@@ -45,6 +46,7 @@ class Config(Options):
     program: ClassVar[str] = "train.language_model"
     may_change: ClassVar[frozenset[str]] = WATCHING | {
         "export_dtype",
+        "statistics_every",
         "validate_every",
         "validation_batches",
         "workers",
@@ -59,6 +61,8 @@ class Config(Options):
     """Preset: 10m, 125m, 325m (SageBwd's), 1b, 8b or tiny; the vocabulary is the tokenizer's."""
     attention: Literal["exact", "int8"] = "exact"
     """Arithmetic of attention."""
+    smooth_keys: bool = True
+    """Quantize keys less their mean in INT8 attention, which needs it; off for experiments."""
     qk_norm: bool = True
     """RMS-normalize queries and keys, which INT8 attention needs at large batches."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
@@ -123,6 +127,17 @@ class Config(Options):
     """Use so many devices; 0: all."""
     fsdp: int = 1
     """Devices that share one copy of parameters and optimizer; the others repeat it."""
+    tensor: int = 1
+    """Devices that share the heads and the hidden units of each sequence."""
+    context_parallel: int = 1
+    """Devices that share the tokens of each sequence; tensor times this divides the key heads."""
+    coordinator: str | None = None
+    """Several processes, one a host: HOST:PORT of process 0, or "auto": as SLURM, Open MPI or
+    Kubernetes say. Start the same command in each."""
+    processes: int = 1
+    """Number of processes; not with "auto"."""
+    process: int = 0
+    """Which of them this one is, from 0; not with "auto"."""
     peak_teraflops: float = 989.0
     """Dense bfloat16 speed of a device, for the MFU in the metrics; 989 is an H100's."""
 
@@ -130,7 +145,12 @@ class Config(Options):
     time_limit: float | None = None
     """Seconds after which to stop, save and export; the schedule does not depend on it."""
     skips_in_a_row: int = 20
-    """Abort after so many updates in a row that were not finite and were skipped."""
+    """Abort after so many updates in a row that were skipped, not being finite or spiking."""
+    spike_factor: float = 0.0
+    """Skip an update whose gradient norm is more than this times its running average; 0: none."""
+    hung_after: float | None = 600.0
+    """Report after so many seconds without a step's result where the program stands; None: never.
+    One process of several then ends, after as long again, with exit code 75."""
     save_every: int = 1000
     """Steps between checkpoints."""
     keep: int = 2
@@ -147,6 +167,12 @@ class Config(Options):
     """Steps between validations, which also follow the last step; 0: none."""
     validation_batches: int = 16
     """Batches of held-out text."""
+    statistics_every: int = 0
+    """Steps between rows of attention.jsonl, which also follow the last step: for each layer sigma
+    of queries and keys, and the errors of INT8 attention on a few rows of held-out text; 0: none.
+    """
+    profile_steps: tuple[int, int] | None = None
+    """First and last step of a trace in the folder profile, for ui.perfetto.dev or TensorBoard."""
 
     def __post_init__(self):
         if self.model not in MODELS:
@@ -155,13 +181,30 @@ class Config(Options):
             choices=_CHOICES,
             smallest=_SMALLEST,
             positive=("gradient_clip", "peak_teraflops"),
-            finite=("learning_rate", "weight_decay", "gradient_clip", "peak_teraflops"),
+            finite=(
+                "learning_rate",
+                "weight_decay",
+                "gradient_clip",
+                "peak_teraflops",
+                "spike_factor",
+            ),
             shares=("ema_decay", "held_out"),
         )
+        if 0 < self.spike_factor <= 1:
+            raise ValueError(
+                f"spike_factor must be more than 1, or 0, got spike_factor={self.spike_factor}"
+            )
         if self.held_out >= 1:
             raise ValueError(f"held_out must be less than 1, got held_out={self.held_out}")
         if self.validate_every and not self.held_out:
             raise ValueError("validation needs held_out above 0, or validate_every=0")
+        if self.statistics_every and not self.held_out:
+            raise ValueError("statistics need held_out above 0, or statistics_every=0")
+        if self.profile_steps and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
+            raise ValueError(
+                "profile_steps must be the first and the last of some steps from 1, got "
+                f"profile_steps={self.profile_steps}"
+            )
         if self.batch_size % self.accumulate:
             raise ValueError(
                 "accumulate must divide batch_size, got "
@@ -191,11 +234,18 @@ _SMALLEST = {
     "chunk": 1,
     "devices": 0,
     "fsdp": 1,
+    "tensor": 1,
+    "context_parallel": 1,
+    "processes": 1,
+    "process": 0,
     "time_limit": 0,
     "skips_in_a_row": 1,
+    "spike_factor": 0,
+    "hung_after": 1,
     "save_every": 1,
     "keep": 1,
     "log_every": 1,
     "validate_every": 0,
+    "statistics_every": 0,
     "validation_batches": 1,
 }

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxgen.checkpoints import (
@@ -39,6 +40,7 @@ from train.state import Arrays, Loss, Skeleton
 
 _CONFIG, _WEIGHTS, _CARD = "config.json", "model.safetensors", "card.json"
 _MULTIPLE = 128  # of the vocabulary, so that tiles of the head are whole
+_MEASURED = 2  # rows on which attention is measured
 
 
 def make_tokenizer(config: Config) -> Tokenizer:
@@ -64,6 +66,7 @@ def model_config(config: Config, vocabulary_size: int) -> LanguageModelConfig:
         max_tokens=config.context,
         attention=config.attention,
         qk_norm=config.qk_norm,
+        smooth_keys=config.smooth_keys,
         dtype=config.precision,
         remat=config.remat,
         scan=config.scan,
@@ -127,6 +130,12 @@ def validate(
 def _loss(skeleton: Skeleton, across_documents: bool, chunk: int, arrays, batch) -> jax.Array:
     loss = make_loss(skeleton, across_documents=across_documents, chunk=chunk)
     return loss(arrays, {}, batch, jax.random.key(0))
+
+
+def statistics_batch(config: Config, documents: Documents) -> Mapping[str, np.ndarray]:
+    """Return the few rows of held-out text on which attention is measured, always the same."""
+    split = not config.whole_documents
+    return next(one_pass(documents, context=config.context, batch_size=_MEASURED, split=split))
 
 
 def save_export(folder: Path, model: LanguageModel, card: Mapping[str, Any], dtype: str) -> None:

@@ -13,6 +13,10 @@ type Row = dict[str, Any]
 """Numbers by name; None for what has no finite value."""
 
 
+class OutputError(OSError):
+    """A file of the run's folder cannot be written."""
+
+
 class Writer(Protocol):
     """Anything that accepts a row of numbers; `row["step"]` counts from 1."""
 
@@ -29,23 +33,49 @@ class JsonLines:
     """Appends rows to a file. Rows after `from_step`, of a run now resumed there, are dropped.
 
     A value that is not finite is written as null, which keeps every line standard JSON.
+
+    Raises:
+        OutputError: The file cannot be written, here and in each method.
+        ValueError: What is there is no file of metrics.
     """
 
     def __init__(self, path: Path, from_step: int = 0):
-        kept = [row for row in read_rows(path) if row["step"] <= from_step]
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(_line(row) for row in kept))
-        temporary.replace(path)
-        self._file = path.open("a")
+        self._path = path
+        with writing(path):
+            kept = [row for row in read_rows(path) if row["step"] <= from_step]
+            temporary = path.with_name(path.name + ".tmp")
+            temporary.write_text("".join(_line(row) for row in kept))
+            temporary.replace(path)
+            self._file = path.open("a")
 
     def write(self, row: Row) -> None:
         """Append one line and hand it to the operating system."""
-        self._file.write(_line(row))
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(_line(row))
+            self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with writing(self._path):
+            self._file.close()
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn errors of the operating system into one that says what to do about `path`.
+
+    Raises:
+        OutputError: Instead of another OSError.
+    """
+    try:
+        yield
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {path}: {error.strerror or error}; make room or give permission there, "
+            "or choose another --output"
+        ) from error
 
 
 class TensorBoard:

@@ -12,16 +12,23 @@ import optax
 
 WATCHING = frozenset(
     {
+        "context_parallel",
+        "coordinator",
         "devices",
         "fsdp",
         "guidance_scale",
+        "hung_after",
         "keep",
         "log_every",
+        "process",
+        "processes",
+        "profile_steps",
         "sample_captions",
         "sample_every",
         "sample_steps",
         "save_every",
         "skips_in_a_row",
+        "tensor",
         "tensorboard",
         "time_limit",
     }
@@ -51,12 +58,20 @@ class Options:
     ema_decay: float
     devices: int
     fsdp: int
+    tensor: int = 1
+    context_parallel: int = 1
+    coordinator: str | None = None
+    processes: int = 1
+    process: int = 0
     time_limit: float | None
     skips_in_a_row: int
+    spike_factor: float = 0.0
+    hung_after: float | None = None
     save_every: int
     keep: int
     log_every: int
     tensorboard: bool
+    profile_steps: tuple[int, int] | None = None
 
     def check(
         self,

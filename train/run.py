@@ -14,15 +14,35 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from train import loop, run_folder
-from train.checkpoint import Checkpoints, abstract
-from train.metrics import JsonLines, Meter, Row, TensorBoard, Writer, final_loss, read_rows
+from train import distributed, loop, run_folder
+from train.checkpoint import CheckpointError, Checkpoints, abstract, without_stray_errors
+from train.metrics import (
+    JsonLines,
+    Meter,
+    OutputError,
+    Row,
+    TensorBoard,
+    Writer,
+    final_loss,
+    read_rows,
+    writing,
+)
 from train.options import Options
-from train.sharding import BATCH_SPEC, gather, make_mesh, place_batch, state_shardings
+from train.profile import Profiler
+from train.sharding import (
+    Place,
+    gather,
+    largest_axis,
+    make_mesh,
+    place_batch,
+    rows_shared,
+    state_shardings,
+)
 from train.state import (
     Arrays,
     Batch,
@@ -50,6 +70,8 @@ class Plan:
         optimizer: Made for a learning rate.
         accumulate: Parts of a batch that are computed one after the other.
         per_example: Speeds to report besides examples a second, see `train.metrics.Meter`.
+        place: Where parameters lie on a mesh.
+        traceable: Whether JAX can compile `make`, so that each device makes its part alone.
     """
 
     title: str
@@ -61,6 +83,8 @@ class Plan:
     optimizer: Callable[[optax.Schedule], optax.GradientTransformation]
     accumulate: int = 1
     per_example: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    place: Callable[[Mesh], Place] = largest_axis
+    traceable: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +97,7 @@ class Finished:
         first_step: Steps done before this call.
         stopped: "finished", "time limit", "SIGINT" or "SIGTERM".
         seconds: Time spent in total, with compilation.
-        devices: Number of devices.
+        devices: Number of devices, those of all processes.
         rows: The rows of `metrics.jsonl`.
         arrays: Averages of what was trained, and everything else, by name; NumPy.
         state: The last training state, on the mesh.
@@ -102,18 +126,25 @@ def mesh_of(config: Options) -> Mesh:
     """Return the mesh that the options ask for.
 
     Raises:
-        NotImplementedError: JAX was started with several processes.
-        ValueError: More devices than there are, or the batch does not fit them.
+        ValueError: The devices are fewer than asked for, or do not fit the batch, each other or the
+            processes.
     """
-    if jax.process_count() > 1:
-        raise NotImplementedError(f"training runs in one process, got {jax.process_count()}")
-    if config.devices > jax.device_count():
+    processes, devices = jax.process_count(), config.devices or jax.device_count()
+    if devices > jax.device_count():
         raise ValueError(f"there are {jax.device_count()} devices, got devices={config.devices}")
-    mesh = make_mesh(config.fsdp, jax.devices()[: config.devices or None])
-    if config.batch_size % mesh.size:
+    if processes > 1 and devices < jax.device_count():
+        raise ValueError(f"{processes} processes use all devices, got devices={config.devices}")
+    mesh = make_mesh(config.fsdp, config.tensor, config.context_parallel, jax.devices()[:devices])
+    groups = rows_shared(mesh)
+    if groups % processes:
         raise ValueError(
-            "batch_size must be a multiple of the number of devices, got "
-            f"batch_size={config.batch_size} and {mesh.size} devices"
+            "tensor x context_parallel must fit the devices of one process, got "
+            f"{config.tensor} x {config.context_parallel} and {jax.local_device_count()} devices"
+        )
+    if config.batch_size % groups:
+        raise ValueError(
+            "batch_size must be a multiple of the number of devices that share its rows, got "
+            f"batch_size={config.batch_size} and {groups} devices"
         )
     return mesh
 
@@ -140,14 +171,17 @@ def carry_out(
 
     Raises:
         ValueError: The options do not fit the devices, or the folder holds a run with others.
-        FloatingPointError: `config.skips_in_a_row` updates in a row were not finite.
+        FloatingPointError: `config.skips_in_a_row` updates in a row were not finite or spiking.
+        CheckpointError: A checkpoint could not be saved, or there are some and none can be read.
+        OutputError: Something else in the folder cannot be written.
     """
     started, say = time.monotonic(), printer(show_progress)
     mesh = mesh_of(config)
-    folder = run_folder.claim(config)
+    with writing(config.output):
+        folder = run_folder.claim(config, write=distributed.first())
     rate = config.learning_rate_schedule()
     optimizer = plan.optimizer(rate)
-    seed = jnp.uint32(config.seed)
+    seed = np.uint32(config.seed)
 
     def initialize(arrays: Arrays, seed: Array) -> TrainState:
         params = {name: array for name, array in arrays.items() if name in plan.trained}
@@ -155,17 +189,24 @@ def carry_out(
         return create_state(params, frozen, optimizer, seed)
 
     shapes = jax.eval_shape(initialize, dict(plan.shapes), seed)
-    shardings = state_shardings(shapes, mesh)
-    step = make_train_step(
+    shardings = state_shardings(shapes, mesh, plan.place(mesh))
+    update = make_train_step(
         plan.loss,
         optimizer,
         learning_rate=rate,
         ema_decay=config.ema_decay,
         accumulate=plan.accumulate,
+        spike_factor=config.spike_factor,
     )
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        learned = {name: array for name, array in batch.items() if name != "stop"}
+        state, metrics = update(state, learned)
+        return state, metrics | {"stop": jnp.max(batch["stop"])} if "stop" in batch else metrics
+
     train_step = jax.jit(
         step,
-        in_shardings=(shardings, jax.NamedSharding(mesh, BATCH_SPEC)),
+        in_shardings=(shardings, None),
         out_shardings=(shardings, jax.NamedSharding(mesh, jax.P())),
         donate_argnums=0,
     )
@@ -174,14 +215,16 @@ def carry_out(
         with jax.set_mesh(mesh):  # not around the hooks, which run on one device
             return train_step(state, batch)
 
-    with Checkpoints(folder / "checkpoints", config.keep) as checkpoints:
+    with writing(folder / "checkpoints"):
+        checkpoints = Checkpoints(folder / "checkpoints", config.keep)
+    with checkpoints:
         restored = checkpoints.restore(abstract(shapes, shardings))
         if restored:
             state, extra = restored
             stream.set_state(extra["data"])
             say(f"resuming {folder} at step {int(state.step)} of {config.steps}")
         else:
-            state = jax.jit(initialize, out_shardings=shardings)(plan.make(), seed)
+            state = _new_state(plan, initialize, seed, shardings)
             extra = {"seconds": 0.0}
         first_step = int(state.step)
 
@@ -191,15 +234,25 @@ def carry_out(
         def averaged(state: TrainState) -> Arrays:
             return gather(state.ema | state.frozen, mesh)
 
-        writers: list[Writer] = [JsonLines(folder / "metrics.jsonl", first_step)]
-        if config.tensorboard:
-            writers.append(TensorBoard(folder / "tensorboard", first_step))
+        def on_first(hook: Hook, step: int, arrays: Arrays) -> None:
+            if distributed.first():
+                hook.run(step, arrays)
+
+        writers: list[Writer] = []
+        if distributed.first():
+            writers.append(JsonLines(folder / "metrics.jsonl", first_step))
+        if distributed.first() and config.tensorboard:
+            with writing(folder / "tensorboard"):
+                writers.append(TensorBoard(folder / "tensorboard", first_step))
         millions = sum(array.size for array in shapes.params.values()) / 1e6
         say(
             f"{plan.title}: {millions:.2f} M trained parameters, {mesh.size} x "
             f"{jax.devices()[0].device_kind}; compiling the training step"
         )
         limit = config.time_limit
+        profiler = Profiler(
+            folder / "profile", config.profile_steps if distributed.first() else None
+        )
         try:
             state, stopped = loop.run(
                 state,
@@ -211,6 +264,7 @@ def carry_out(
                     save_every=config.save_every,
                     skips_in_a_row=config.skips_in_a_row,
                     deadline=None if limit is None else started + limit,
+                    hung_after=config.hung_after,
                 ),
                 checkpoints=checkpoints,
                 meter=Meter(config.batch_size, config.log_every, plan.per_example),
@@ -218,15 +272,18 @@ def carry_out(
                 hooks=[
                     loop.Hook(
                         hook.every,
-                        lambda step, state, hook=hook: hook.run(step, averaged(state)),
+                        lambda step, state, hook=hook: on_first(hook, step, averaged(state)),
                     )
                     for hook in hooks
                 ],
                 extra=lambda: {"seconds": seconds()},
                 on_row=on_row,
-                show_progress=show_progress,
+                show_progress=show_progress and distributed.first(),
+                together=jax.process_count() > 1,
+                profiler=profiler,
             )
         finally:
+            profiler.close()
             for writer in writers:
                 writer.close()
         say(f"stopped ({stopped}) at step {int(state.step)} after {seconds():.0f} s")
@@ -241,6 +298,18 @@ def carry_out(
         arrays=averaged(state),
         state=state,
     )
+
+
+def _new_state(
+    plan: Plan, initialize: Callable[..., TrainState], seed: Any, shardings: Any
+) -> TrainState:
+    """Return the state before the first step, on the mesh."""
+    if plan.traceable:
+        make = lambda seed: initialize(plan.make(), seed)
+        return jax.jit(make, out_shardings=shardings)(seed)
+    # As NumPy arrays, the same in every process.
+    arrays = jax.device_get(plan.make()) if jax.process_count() > 1 else plan.make()
+    return jax.jit(initialize, out_shardings=shardings)(arrays, seed)
 
 
 def run_record(config: Options, result: Finished) -> dict[str, Any]:
@@ -260,8 +329,8 @@ def run_record(config: Options, result: Finished) -> dict[str, Any]:
 
 
 def printer(show: bool) -> Callable[[str], Any]:
-    """Return a function that prints to stderr, or does nothing."""
-    if show:
+    """Return a function that prints to stderr, in the first process, or does nothing."""
+    if show and distributed.first():
         return lambda message: print(message, file=sys.stderr, flush=True)
     return lambda message: None
 
@@ -279,11 +348,13 @@ def as_command(train: Callable[[], loop.StopReason]) -> None:
     """Train as a command, whose exit code tells how it ended.
 
     0 when finished or out of time, 128 + the signal's number after a signal, and 1 with a message
-    if the folder holds a run with other options.
+    if the folder holds a run with other options, cannot be written, or holds checkpoints of which
+    none can be read. `train.distributed.PEER_FAILED` if another process of the run went away.
     """
     try:
-        stopped = train()
-    except run_folder.ConfigChangedError as error:
+        with without_stray_errors():
+            stopped = distributed.ending_together(train)
+    except (run_folder.ConfigChangedError, CheckpointError, OutputError) as error:
         raise SystemExit(str(error)) from None
     if stopped in ("SIGINT", "SIGTERM"):
         raise SystemExit(128 + signal.Signals[stopped])

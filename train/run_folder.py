@@ -13,11 +13,15 @@ class ConfigChangedError(ValueError):
     """A folder holds a run with another configuration."""
 
 
-def claim(config: Options) -> Path:
+def claim(config: Options, *, write: bool = True) -> Path:
     """Make the run's folder, or check that the run in it had the same configuration.
 
     Options in `config.may_change` may differ; the file then holds the new ones. A run that never
     made a step binds nobody.
+
+    Args:
+        config: The options.
+        write: Whether to write the file; one process of several does.
 
     Returns:
         The folder.
@@ -54,7 +58,8 @@ def claim(config: Options) -> Path:
             f"{folder} holds metrics or checkpoints but no config.json, so it is not a run of this "
             "script; choose another --output"
         )
-    write_atomically(path, [(json.dumps(new, indent=2) + "\n").encode()])
+    if write:
+        write_atomically(path, [(json.dumps(new, indent=2) + "\n").encode()])
     return folder
 
 

@@ -12,13 +12,17 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int32, PRNGKeyArray, UInt32
+from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray, UInt32
 
 type Arrays = dict[str, Array]
 type Batch = Mapping[str, Array]
 type Metrics = dict[str, Array]
 type Loss = Callable[[Arrays, Arrays, Batch, PRNGKeyArray], Float[Array, ""]]
 """`loss(params, frozen, batch, key)`, a float32 scalar."""
+
+SPIKE_WARMUP = 50
+"""Updates that are made whatever their gradient norm, before spikes are looked for."""
+_NORM_DECAY = 0.99  # of the average gradient norm: over about the last 100 updates
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,10 @@ class TrainState:
         ema: Their exponential moving average.
         frozen: Arrays that are not trained (position tables, a borrowed text encoder).
         optimizer: State of the optax transformation.
-        skipped: Updates skipped so far because they were not finite.
+        skipped: Updates skipped so far because they were not finite or spiking.
         skipped_in_a_row: Those since the last good update.
+        average_norm: Exponential average of the gradient norms of the updates that were made, from
+            0 and without the correction for that; stays 0 if spikes are not looked for.
     """
 
     step: Int32[Array, ""]
@@ -84,6 +90,7 @@ class TrainState:
     optimizer: Any
     skipped: Int32[Array, ""]
     skipped_in_a_row: Int32[Array, ""]
+    average_norm: Float[Array, ""]
 
 
 def create_state(
@@ -102,6 +109,7 @@ def create_state(
         optimizer=optimizer.init(params),
         skipped=jnp.int32(0),
         skipped_in_a_row=jnp.int32(0),
+        average_norm=jnp.float32(0),
     )
 
 
@@ -140,12 +148,13 @@ def make_train_step(
     learning_rate: optax.Schedule,
     ema_decay: float,
     accumulate: int = 1,
+    spike_factor: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Return the function of one update, to be compiled by the caller.
 
-    An update whose loss or gradient norm is not finite leaves parameters, average and optimizer
-    as they were and is counted. The decay of the average warms up as (1 + n) / (10 + n) after n
-    updates, so that early averages forget the initialization.
+    An update whose loss or gradient norm is not finite, or whose gradient norm spikes, leaves
+    parameters, average and optimizer as they were and is counted. The decay of the average warms up
+    as (1 + n) / (10 + n) after n updates, so that early averages forget the initialization.
 
     Args:
         loss: Called once under `jax.value_and_grad` with a key of its own for each step.
@@ -154,6 +163,9 @@ def make_train_step(
         ema_decay: Largest decay of the average, in [0, 1).
         accumulate: Parts of a batch that are computed one after the other, to need less memory;
             divides its rows. The loss is the mean of their losses.
+        spike_factor: A gradient norm, before clipping, spikes if it is more than this times the
+            running average of those of the updates made before, of which there must be
+            `SPIKE_WARMUP`. 0: never.
     """
     differentiate = jax.value_and_grad(loss)
     if accumulate > 1:
@@ -163,30 +175,35 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         value, gradients = differentiate(state.params, state.frozen, batch, key)
         norm = _global_norm(gradients)
-        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        good = jnp.isfinite(value) & jnp.isfinite(norm)
+        updates_done = (state.step - state.skipped).astype(jnp.float32)
+        average_norm = state.average_norm
+        if spike_factor:
+            good &= ~_spikes(norm, average_norm, updates_done, spike_factor)
+            average_norm = norm + _NORM_DECAY * (average_norm - norm)
 
         # optax raises float decays to int32 counts, which strict promotion would refuse.
         with jax.numpy_dtype_promotion("standard"):
             updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
             params = optax.apply_updates(state.params, updates)
             rate = jnp.asarray(learning_rate(state.step - state.skipped), jnp.float32)
-        updates_done = (state.step - state.skipped).astype(jnp.float32)
         decay = jnp.minimum(ema_decay, (1 + updates_done) / (10 + updates_done))
         ema = jax.tree.map(lambda old, new: new + decay * (old - new), state.ema, params)
 
-        def keep_if_finite(new, old):
-            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        def keep_if_good(new, old):
+            return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
 
-        skip = 1 - finite.astype(jnp.int32)
+        skip = 1 - good.astype(jnp.int32)
         new_state = TrainState(
             step=state.step + 1,
             seed=state.seed,
-            params=keep_if_finite(params, state.params),
-            ema=keep_if_finite(ema, state.ema),
+            params=keep_if_good(params, state.params),
+            ema=keep_if_good(ema, state.ema),
             frozen=state.frozen,
-            optimizer=keep_if_finite(optimizer_state, state.optimizer),
+            optimizer=keep_if_good(optimizer_state, state.optimizer),
             skipped=state.skipped + skip,
             skipped_in_a_row=(state.skipped_in_a_row + skip) * skip,
+            average_norm=keep_if_good(average_norm, state.average_norm),
         )
         metrics = {
             "loss": value,
@@ -198,6 +215,15 @@ def make_train_step(
         return new_state, metrics
 
     return train_step
+
+
+def _spikes(
+    norm: Float[Array, ""], average: Float[Array, ""], updates: Float[Array, ""], factor: float
+) -> Bool[Array, ""]:
+    """Whether a norm is more than `factor` times the average of `updates` norms before it."""
+    # An average that starts at 0 has to be divided by the weights that the norms have in it.
+    corrected = average / (1 - _NORM_DECAY ** jnp.maximum(updates, 1.0))
+    return (updates >= SPIKE_WARMUP) & (norm > factor * corrected)
 
 
 def _accumulated(differentiate: Callable[..., Any], parts: int) -> Callable[..., Any]:

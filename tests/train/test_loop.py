@@ -44,7 +44,7 @@ class Rows:
 
 
 OPTIMIZER = optax.adam(0.1)
-MESH = make_mesh(1, jax.devices()[:1])
+MESH = make_mesh(1, devices=jax.devices()[:1])
 
 
 def loss(params, frozen, batch, key):
@@ -158,6 +158,57 @@ def test_aborts_after_too_many_bad_batches_in_a_row(tmp_path):
         run(tmp_path, steps=20, bad=(2, 5, 6, 7, 8, 9))
     state, *_ = restore(tmp_path)
     assert int(state.step) == 4
+
+
+def spiking(folder, bad):
+    """Steps whose gradients are the batch: 1, or what `bad` says for a position."""
+
+    class Ones(Stream):
+        def __next__(self):
+            self.position += 1
+            return {"x": np.float32(bad.get(self.position, 1.0))}
+
+    def linear(params, frozen, batch, key):
+        return batch["x"] * jnp.sum(params["w"])
+
+    step = make_train_step(
+        linear, OPTIMIZER, learning_rate=lambda n: 0.1, ema_decay=0.9, spike_factor=4.0
+    )
+    with Checkpoints(folder) as checkpoints:
+        return loop.run(
+            new_state(),
+            jax.jit(step),
+            Ones(),
+            jax.device_put,
+            limits=loop.Limits(steps=60, save_every=52, skips_in_a_row=3),
+            checkpoints=checkpoints,
+            meter=Meter(1, 1),
+            show_progress=False,
+        )
+
+
+def test_spiking_steps_are_skipped_and_counted(tmp_path):
+    state, reason = spiking(tmp_path, {20: 99.0, 54: 99.0, 55: 99.0, 58: 99.0})
+    assert reason == "finished"
+    assert int(state.skipped) == 3  # the one at step 20 is too early
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ((9.0, 9.0, 9.0), "the gradient norm was spiking"),
+        ((np.nan, np.inf, np.nan), "loss or gradients were not finite"),
+        (
+            (9.0, np.nan, 9.0),
+            "loss or gradients were not finite or the gradient norm was spiking",
+        ),
+    ],
+)
+def test_aborting_says_what_was_wrong_with_the_updates(tmp_path, values, reason):
+    bad = {53: 9.0} | dict(zip((55, 56, 57), values, strict=True))
+    message = f"aborted at step 57: {reason} in 3 steps in a row; the newest checkpoint is step 52"
+    with pytest.raises(FloatingPointError, match=message):
+        spiking(tmp_path, bad)
 
 
 def test_hooks_run_on_time_and_at_the_end(tmp_path):

@@ -4,12 +4,14 @@ import numpy as np
 import optax
 import pytest
 
+from jaxgen.checkpoints import decoder_sharding
 from train.sharding import (
-    BATCH_SPEC,
+    batch_sharding,
     gather,
+    largest_axis,
     make_mesh,
-    parameter_spec,
     place_batch,
+    rows_shared,
     state_shardings,
 )
 from train.state import create_state, make_train_step
@@ -30,19 +32,23 @@ from train.state import create_state, make_train_step
     ],
 )
 def test_largest_divisible_axis_is_split(shape, fsdp, spec):
-    assert parameter_spec(shape, fsdp) == spec
+    mesh = make_mesh(fsdp, devices=jax.devices()[:4])
+    assert largest_axis(mesh)("weight", shape).spec == spec
 
 
 def test_mesh_shapes():
-    assert dict(make_mesh().shape) == {"data": 4, "fsdp": 1}
-    assert dict(make_mesh(2).shape) == {"data": 2, "fsdp": 2}
-    assert dict(make_mesh(1, jax.devices()[:1]).shape) == {"data": 1, "fsdp": 1}
+    assert dict(make_mesh().shape) == {"data": 4, "fsdp": 1, "tensor": 1, "context": 1}
+    assert dict(make_mesh(2, 1, 2).shape) == {"data": 1, "fsdp": 2, "tensor": 1, "context": 2}
+    assert make_mesh(devices=jax.devices()[:1]).size == 1
+    assert rows_shared(make_mesh(2, 2)) == 2
 
 
-@pytest.mark.parametrize("fsdp", [0, 3, 8])
-def test_refuses_meshes(fsdp):
-    with pytest.raises(ValueError, match=rf"got fsdp={fsdp} and 4 devices"):
-        make_mesh(fsdp)
+@pytest.mark.parametrize("asked", [(0, 1, 1), (3, 1, 1), (8, 1, 1), (2, 2, 2), (1, 3, 1)])
+def test_refuses_meshes(asked):
+    fsdp, tensor, context = asked
+    message = f"got fsdp={fsdp}, tensor={tensor}, context={context} and 4 devices"
+    with pytest.raises(ValueError, match=message):
+        make_mesh(*asked)
 
 
 def test_batches_are_split_over_all_devices():
@@ -51,6 +57,30 @@ def test_batches_are_split_over_all_devices():
     assert len(placed.addressable_shards) == 4
     assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 3)}
     np.testing.assert_array_equal(placed, rows)
+
+
+def test_tokens_are_split_over_context_alone():
+    mesh = make_mesh(1, 1, 2)
+    batch = {"tokens": np.arange(8 * 6).reshape(8, 6), "stop": np.zeros(8, np.int32)}
+    placed = place_batch(batch, mesh)
+    assert {shard.data.shape for shard in placed["tokens"].addressable_shards} == {(4, 3)}
+    assert {shard.data.shape for shard in placed["stop"].addressable_shards} == {(4,)}
+    np.testing.assert_array_equal(placed["tokens"], batch["tokens"])
+
+
+def test_state_follows_the_names_of_parameters():
+    mesh = make_mesh(2, 2)
+    params = {
+        name: jnp.zeros((6, 4)) for name in ("blocks.0.mlp.up.kernel", "blocks.0.mlp.down.kernel")
+    } | {"blocks.0.mlp_norm.scale": jnp.zeros(6)}
+    state = create_state(params, {}, optax.adamw(0.1))
+    shardings = state_shardings(jax.eval_shape(lambda: state), mesh, decoder_sharding(mesh))
+    mu = optax.tree_utils.tree_get(shardings.optimizer, "mu")
+    for tree in (shardings.params, shardings.ema, mu):
+        assert tree["blocks.0.mlp.up.kernel"].spec == jax.P("fsdp", "tensor")
+        assert tree["blocks.0.mlp.down.kernel"].spec == jax.P("tensor", "fsdp")
+        assert tree["blocks.0.mlp_norm.scale"].spec == jax.P()
+    assert shardings.step.spec == jax.P()
 
 
 def test_gather_brings_everything_back():
@@ -78,7 +108,7 @@ def train(mesh, steps=5):
     shardings = state_shardings(state, mesh)
     step = jax.jit(
         make_train_step(loss, optimizer, learning_rate=lambda n: 0.1, ema_decay=0.9),
-        in_shardings=(shardings, jax.NamedSharding(mesh, BATCH_SPEC)),
+        in_shardings=(shardings, batch_sharding(mesh, 2)),
         out_shardings=(shardings, jax.NamedSharding(mesh, jax.P())),
         donate_argnums=0,
     )
@@ -93,15 +123,15 @@ def train(mesh, steps=5):
 
 @pytest.fixture(scope="module")
 def one_device():
-    return train(make_mesh(1, jax.devices()[:1]))
+    return train(make_mesh(devices=jax.devices()[:1]))
 
 
 @pytest.mark.parametrize(("devices", "fsdp"), [(2, 1), (2, 2), (4, 2), (4, 4)])
 def test_every_mesh_trains_alike(one_device, devices, fsdp):
-    losses, state = train(make_mesh(fsdp, jax.devices()[:devices]))
+    losses, state = train(make_mesh(fsdp, devices=jax.devices()[:devices]))
     np.testing.assert_allclose(losses, one_device[0], rtol=1e-5)
     assert losses[-1] < losses[0]
     mu = optax.tree_utils.tree_get(state.optimizer, "mu")
     for split in (state.params["in"], state.ema["in"], mu["in"]):
-        assert split.sharding.spec == parameter_spec((6, 16), fsdp)
+        assert split.sharding.spec == (jax.P(None, "fsdp") if fsdp > 1 else jax.P())
         assert split.addressable_shards[0].data.shape == (6, 16 // fsdp)

@@ -5,7 +5,13 @@ import optax
 import pytest
 from flax import nnx
 
-from train.state import create_state, make_optimizer, make_train_step, take_apart
+from train.state import (
+    SPIKE_WARMUP,
+    create_state,
+    make_optimizer,
+    make_train_step,
+    take_apart,
+)
 
 RATE = 0.125
 
@@ -122,6 +128,70 @@ def test_finite_loss_with_a_gradient_that_is_not_finite_is_skipped():
     assert metrics["loss"] == 0
     assert metrics["skipped"] == 1
     np.testing.assert_array_equal(new.params["weight"], 0)
+
+
+def linear(params, frozen, batch, key):
+    return jnp.sum(params["weight"] * batch["target"])  # the gradient is the batch
+
+
+def start_looking_for_spikes(factor=3.0):
+    optimizer = make_optimizer(lambda count: RATE)
+    state = create_state({"weight": jnp.zeros((2, 3))}, {}, optimizer)
+    step = make_train_step(
+        linear, optimizer, learning_rate=lambda count: RATE, ema_decay=0.5, spike_factor=factor
+    )
+    return state, jax.jit(step)
+
+
+def norms(count):
+    return np.random.default_rng(0).uniform(1, 2, count).astype(np.float32)
+
+
+def with_norm(norm):
+    return {"target": jnp.full((2, 3), norm / np.sqrt(6), jnp.float32)}
+
+
+def test_updates_whose_gradient_norm_spikes_are_skipped_and_counted():
+    state, step = start_looking_for_spikes()
+    for norm in norms(SPIKE_WARMUP):
+        state, _ = step(state, with_norm(norm))
+    weights = 0.99 ** np.arange(SPIKE_WARMUP)[::-1]
+    average = (weights * norms(SPIKE_WARMUP)).sum() / weights.sum()
+    skipped, metrics = step(state, with_norm(3.001 * average))
+    assert [int(metrics[name]) for name in ("skipped", "skipped_in_a_row")] == [1, 1]
+    assert np.isfinite(metrics["loss"])
+    assert_same(
+        (skipped.params, skipped.ema, skipped.optimizer, skipped.average_norm),
+        (state.params, state.ema, state.optimizer, state.average_norm),
+    )
+    accepted, metrics = step(skipped, with_norm(2.999 * average))
+    assert [int(metrics[name]) for name in ("skipped", "skipped_in_a_row")] == [1, 0]
+    assert not np.array_equal(accepted.params["weight"], state.params["weight"])
+    corrected = float(accepted.average_norm) / (1 - 0.99 ** (SPIKE_WARMUP + 1))
+    weights = 0.99 ** np.arange(SPIKE_WARMUP + 1)[::-1]
+    expected = (weights * np.append(norms(SPIKE_WARMUP), 2.999 * average)).sum() / weights.sum()
+    assert corrected == pytest.approx(expected, rel=1e-5)
+
+
+def test_spikes_are_not_looked_for_before_enough_updates_were_made():
+    state, step = start_looking_for_spikes()
+    for number in range(SPIKE_WARMUP - 1):
+        bad = number in (7, 30)  # steps that are skipped are no updates
+        state, _ = step(state, with_norm(np.nan if bad else 1.0))
+    state, metrics = step(state, with_norm(1000.0))
+    assert int(metrics["skipped"]) == 2
+    assert np.isfinite(state.average_norm)
+
+
+def test_looking_for_spikes_changes_no_update_that_is_made():
+    (plain, plain_step), (state, step) = start_looking_for_spikes(0), start_looking_for_spikes()
+    for norm in norms(SPIKE_WARMUP + 10):
+        plain, _ = plain_step(plain, with_norm(norm))
+        state, _ = step(state, with_norm(norm))
+    assert_same((plain.params, plain.ema, plain.skipped), (state.params, state.ema, state.skipped))
+    assert plain.average_norm == 0
+    plain, metrics = plain_step(plain, with_norm(1e6))
+    assert metrics["skipped"] == 0
 
 
 def test_each_step_has_its_own_key():

@@ -13,8 +13,8 @@ import pytest
 from flax import nnx
 
 from jaxgen.checkpoints import (
-    diffusion_lm_shapes,
     decoder_sharding,
+    diffusion_lm_shapes,
     export_diffusion_lm,
     export_flat,
     load_diffusion_lm,

@@ -353,9 +353,7 @@ def test_weights_may_be_shared_by_devices(models, pipelines, tmp_path):
 
     folder = _folder(tmp_path, "sdar", models["sdar"], block_size=BLOCK)
     mesh = Mesh(np.array(jax.devices()[:2]), ("tensor",), axis_types=(AxisType.Auto,))
-    loaded = TextToText.from_pretrained(
-        folder, dtype=jnp.float32, sharding=decoder_sharding(mesh)
-    )
+    loaded = TextToText.from_pretrained(folder, dtype=jnp.float32, sharding=decoder_sharding(mesh))
     assert len(loaded.model.head.kernel[...].sharding.device_set) == 2
     expected = pipelines["sdar"](PROMPTS[:1], new_tokens=20, decoder=loaded.default_decoder(20))
     _same(loaded(PROMPTS[:1], new_tokens=20), expected)

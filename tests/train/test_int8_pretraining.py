@@ -1,0 +1,89 @@
+"""The experiments on pretraining, with a tiny model and a few steps."""
+
+import dataclasses
+import json
+
+import pytest
+
+from train.configs import int8_pretraining, pretraining_speed
+from train.configs.int8_pretraining import ARMS, EACH, Experiment, carry_out, table
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    for number in range(40):
+        letter = "abcdefgh"[number % 8]
+        (folder / f"{number:02d}.txt").write_text(f"{letter}{letter.upper()} " * (10 + number))
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAXGEN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def small(text):
+    return dataclasses.replace(
+        EACH, data=text, model="tiny", precision="float32", context=32, batch_size=4, steps=8,
+        warmup_steps=2, learning_rate=1e-2, devices=1, held_out=0.2, validate_every=0,
+        statistics_every=0, log_every=2,
+    )  # fmt: skip
+
+
+def test_runs_see_the_same_tokens_and_differ_in_what_they_say(text, tmp_path):
+    experiment = Experiment(each=small(text), output=tmp_path, batch_sizes=(2, 8), seeds=(0, 3))
+    runs = experiment.runs()
+    assert len({run.output for run in runs}) == len(runs) == 2 * 2 * len(ARMS)
+    assert {run.batch_size * run.steps for run in runs} == {32}
+    assert {run.batch_size * run.warmup_steps for run in runs} == {8}
+    kinds = {(run.attention, run.qk_norm, run.smooth_keys) for run in runs}
+    assert len(kinds) == len(ARMS)
+
+
+def test_an_experiment_goes_on_and_ends_in_a_table(text, tmp_path, monkeypatch):
+    each = dataclasses.replace(small(text), validate_every=8)
+    experiment = Experiment(
+        each=each, output=tmp_path, arms=("exact", "int8"), batch_sizes=(4,), seeds=(0,)
+    )
+    results = carry_out(experiment, show_progress=False)
+    assert [result["arm"] for result in results] == ["exact", "int8"]
+    assert results[0]["validation"] != results[1]["validation"]
+    assert results == json.loads((tmp_path / "results.json").read_text())
+    assert (tmp_path / "table.md").read_text() == table(results)
+    monkeypatch.setattr(int8_pretraining, "train", None)  # nothing is left to train
+    assert carry_out(experiment, show_progress=False) == results
+
+
+def test_the_table_compares_equal_seeds():
+    results = [
+        {"arm": arm, "tokens_per_step": 1024, "seed": seed, "loss": loss, "validation": loss}
+        for arm, losses in (("int8", (2.02, 1.01)), ("exact", (2.0, 1.0)))
+        for seed, loss in enumerate(losses)
+    ]
+    rows = table(results).splitlines()
+    assert rows[2].startswith("| 1,024 | exact | 2 | 1.5000 ± 0.7071 |")
+    assert rows[3].endswith("| +1.000 ± 0.000 % |")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arms": ("fp8",)}, "arms must be among exact, .*got \\['fp8'\\]"),
+        ({"batch_sizes": (7,)}, "got \\[7\\] for 96000 rows"),
+    ],
+)
+def test_refuses_experiments(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Experiment(**changes)
+
+
+def test_speed_is_measured_for_both(text):
+    speed = pretraining_speed.Speed(
+        model="tiny", context=32, batch_size=4, steps=20, precision="float32", data=text
+    )
+    found = pretraining_speed.measure(speed, show_progress=False)
+    assert [result["attention"] for result in found] == ["exact", "int8"]
+    assert all(result["tokens_per_second"] > 0 and result["mfu"] > 0 for result in found)

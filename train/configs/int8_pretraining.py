@@ -1,0 +1,218 @@
+"""SageBwd's findings on pretraining, repeated: INT8 against exact attention, seeds and ablations.
+
+The questions of arXiv:2603.02170: is the loss of INT8 attention that of exact attention, at few and
+at many tokens a step; what do QK-norm and the smoothing of keys do.
+
+Command    python -m train.configs.int8_pretraining --help
+           python -m train.configs.int8_pretraining --output runs/int8-pretraining
+           python -m train.plot runs/int8-pretraining/*-64-* --group seed
+           Repeating it goes on; --time-limit cuts it into pieces; --arms, --batch-sizes and --seeds
+           into parts that may run at once into one folder, each on a GPU of its own.
+Hardware   not measured yet
+Outcome    not measured yet
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from jaxgen.checkpoints import write_atomically
+from train.language_model import train
+from train.language_model_config import Config
+
+ARMS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "exact": {"attention": "exact"},
+        "int8": {"attention": "int8"},
+        "exact-no-qk-norm": {"attention": "exact", "qk_norm": False},
+        "int8-no-qk-norm": {"attention": "int8", "qk_norm": False},
+        "int8-keys-not-smoothed": {"attention": "int8", "smooth_keys": False},
+    }
+)
+"""What is compared; options of `train.language_model`."""
+
+EACH = Config(
+    model="10m",
+    context=1024,
+    batch_size=64,
+    steps=1500,
+    warmup_steps=100,
+    learning_rate=1e-3,
+    validate_every=500,
+    validation_batches=32,
+    statistics_every=250,
+    across_documents=True,
+)
+"""As the paper trains, without a mask between documents."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Train every arm at every batch size with every seed, skip what is done, print a table.
+
+    All see the same number of tokens: steps and warm-up are those of `each` at its batch size.
+    """
+
+    each: Config = EACH
+    """Options of every run; output, batch_size, steps, warmup_steps, seed and those of the arm are
+    replaced."""
+    output: Path = Path("runs/int8-pretraining")
+    """Folder of all runs, and of table.md and results.json."""
+    arms: tuple[str, ...] = tuple(ARMS)
+    """What to compare."""
+    batch_sizes: tuple[int, ...] = (64, 512)
+    """Rows of an update: few and many tokens a step."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of initialization and order; the same for all arms."""
+    time_limit: float | None = None
+    """Seconds after which to stop; repeat the command to go on."""
+
+    def __post_init__(self):
+        unknown = [name for name in self.arms if name not in ARMS]
+        if unknown:
+            raise ValueError(f"arms must be among {', '.join(ARMS)}, got {unknown}")
+        rows = self.each.batch_size * self.each.steps
+        uneven = [size for size in self.batch_sizes if size < 1 or rows % size]
+        if uneven:
+            raise ValueError(
+                "batch_sizes must divide batch_size x steps of each, so that all see the same "
+                f"tokens, got {uneven} for {rows} rows"
+            )
+
+    def runs(self) -> list[Config]:
+        """Return the runs, one seed after another."""
+        return [
+            dataclasses.replace(
+                self.each,
+                **ARMS[arm],
+                output=self.output / f"{arm}-{size}-{seed}",
+                batch_size=size,
+                steps=self.each.batch_size * self.each.steps // size,
+                warmup_steps=self.each.batch_size * self.each.warmup_steps // size,
+                seed=seed,
+            )
+            for seed in self.seeds
+            for size in self.batch_sizes
+            for arm in self.arms
+        ]
+
+
+def carry_out(experiment: Experiment, *, show_progress: bool = True) -> list[dict[str, Any]]:
+    """Do the runs that are not done; return what the folder holds, of these and of others."""
+    started = time.monotonic()
+    for config in experiment.runs():
+        if _card(config.output, config.steps):
+            continue
+        if experiment.time_limit is not None:
+            left = experiment.time_limit - (time.monotonic() - started)
+            if left <= 0:
+                break
+            config = dataclasses.replace(config, time_limit=left)
+        print(f"--- {config.output.name}", file=sys.stderr, flush=True)
+        try:
+            result = train(config, show_progress=show_progress)
+        except FloatingPointError as error:  # a finding, not a fault: see its metrics.jsonl
+            print(error, file=sys.stderr, flush=True)
+            continue
+        if result.stopped != "finished":
+            break
+    results = [
+        _result(card)
+        for path in sorted(experiment.output.glob("*/export/card.json"))
+        if (card := _card(path.parent.parent))
+    ]
+    experiment.output.mkdir(parents=True, exist_ok=True)
+    write_atomically(experiment.output / "results.json", [json.dumps(results, indent=2).encode()])
+    write_atomically(experiment.output / "table.md", [table(results).encode()])
+    return results
+
+
+def _card(folder: Path, steps: int | None = None) -> dict[str, Any] | None:
+    """Return the card of a run that reached its last step."""
+    path = folder / "export" / "card.json"
+    if not path.exists():
+        return None
+    card = json.loads(path.read_text(encoding="utf-8"))
+    return card if card["steps"] == (steps or card["config"]["steps"]) else None
+
+
+def _result(card: Mapping[str, Any]) -> dict[str, Any]:
+    config = card["config"]
+    names = ("attention", "qk_norm", "smooth_keys")
+    default = {name: getattr(Config, name) for name in names}
+    return {
+        "arm": next(
+            arm
+            for arm, options in ARMS.items()
+            if all(config[name] == {**default, **options}[name] for name in names)
+        ),
+        "tokens_per_step": config["batch_size"] * config["context"],
+        "seed": config["seed"],
+        "steps": card["steps"],
+        "loss": card["final_loss"],
+        "validation": (card["validation"] or {}).get("validation"),
+        "skipped": card["updates_skipped"],
+        "hardware": card["hardware"],
+        "jax": card["jax"],
+    }
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Return a Markdown table, one row for each number of tokens a step and arm.
+
+    "over exact" is the difference of the validation loss to that of exact attention with the same
+    seed, in percent: mean and standard deviation over the seeds.
+    """
+    lines = [
+        "| tokens a step | attention | seeds | training loss | validation loss | over exact |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    key = lambda result: (result["tokens_per_step"], list(ARMS).index(result["arm"]))
+    exact = {
+        (result["tokens_per_step"], result["seed"]): result["validation"]
+        for result in results
+        if result["arm"] == "exact"
+    }
+    for group_key in sorted({key(result) for result in results}):
+        group = [result for result in results if key(result) == group_key]
+        over = [
+            100 * (result["validation"] / exact[result["tokens_per_step"], result["seed"]] - 1)
+            for result in group
+            if (result["tokens_per_step"], result["seed"]) in exact
+        ]
+        cells = [
+            f"{group_key[0]:,}",
+            group[0]["arm"],
+            str(len(group)),
+            _spread([result["loss"] for result in group], "{:.4f}"),
+            _spread([result["validation"] for result in group], "{:.4f}"),
+            "" if group[0]["arm"] == "exact" or not over else f"{_spread(over, '{:+.3f}')} %",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _spread(values: list[float], form: str) -> str:
+    mean = form.format(np.mean(values))
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {form.format(np.std(values, ddof=1)).lstrip('+')}"
+
+
+def main() -> None:
+    """Take the options of the command line, train, and print the table."""
+    import tyro
+
+    experiment = tyro.cli(Experiment, prog="python -m train.configs.int8_pretraining")
+    print(table(carry_out(experiment)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""How fast is the 325M model pretrained with INT8 attention, and how fast with exact attention?
+
+Command    python -m train.configs.pretraining_speed --help
+           python -m train.configs.pretraining_speed --json pretraining_speed.json
+Hardware   not measured yet
+Outcome    not measured yet
+
+Tokens attend to the documents before theirs, as in SageBwd's experiments: a mask between documents
+would keep exact attention from cuDNN's kernels.
+"""
+
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from train.language_model import train
+from train.language_model_config import Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """Train for some steps with each kind of attention and compare their speed."""
+
+    model: str = "325m"
+    """Preset."""
+    context: int = 4096
+    """Tokens of a row."""
+    batch_size: int = 16
+    """Rows of an update."""
+    accumulate: int = 1
+    """Parts of a batch that are computed one after the other."""
+    int8_remat: Literal["none", "block", "keep_attention"] = "none"
+    """What the backward pass of INT8 attention computes again."""
+    exact_remat: Literal["none", "block"] = "none"
+    """The same for exact attention."""
+    steps: int = 30
+    """Steps, of which the last ten are timed."""
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """Dtype of the computation."""
+    data: Path | None = None
+    """Text; None: Python source found on this machine."""
+    json: Path | None = None
+    """File for the results."""
+
+    def config(self, attention: str, output: Path) -> Config:
+        """Return the options of one training."""
+        return Config(
+            output=output,
+            model=self.model,
+            attention="int8" if attention == "int8" else "exact",
+            remat=self.int8_remat if attention == "int8" else self.exact_remat,
+            scan=True,
+            context=self.context,
+            batch_size=self.batch_size,
+            accumulate=self.accumulate,
+            across_documents=True,
+            precision=self.precision,
+            data=self.data,
+            steps=self.steps,
+            warmup_steps=self.steps // 2,
+            log_every=10,
+            validate_every=0,
+        )
+
+
+def measure(speed: Speed, *, show_progress: bool = True) -> list[dict[str, Any]]:
+    """Return for each kind of attention tokens a second and MFU over the last ten steps."""
+    found = []
+    for attention in ("exact", "int8"):
+        with tempfile.TemporaryDirectory() as folder:
+            config = speed.config(attention, Path(folder))
+            row = train(config, show_progress=show_progress).rows[-1]
+        names = ("tokens_per_second", "mfu", "loss", "memory_gib")
+        found.append(
+            {"attention": attention, "remat": config.remat, "context": speed.context}
+            | {name: row.get(name) for name in names}
+            | {"model": speed.model, "batch_size": speed.batch_size}
+            | {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+        )
+    return found
+
+
+def main() -> None:
+    """Take the options of the command line, measure, print, and write the JSON file."""
+    import tyro
+
+    speed = tyro.cli(Speed, prog="python -m train.configs.pretraining_speed")
+    found = measure(speed)
+    if speed.json:
+        speed.json.write_text(json.dumps(found, indent=1) + "\n")
+    for result in found:
+        print(
+            f"{result['attention']:>6} {result['tokens_per_second']:12,.0f} tokens/s "
+            f"MFU {result['mfu']:.1%}"
+        )
+    exact, integer = (result["tokens_per_second"] for result in found)
+    print(f"INT8 is {integer / exact:.3f} times as fast as exact attention")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Several processes, each with its own devices, that train one model: starting, stopping, failing.
+
+All run the same program and take the same decisions. What only one of them knows, a signal or that
+its time is up, travels with its rows of the batch through the compiled step, so that all learn it
+with the result of the same step.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import jax
+
+from train.options import Options
+
+HEARTBEAT_SECONDS = 30
+"""A process that was silent for so long is taken for dead, and the others end."""
+PEER_FAILED = 75
+"""Exit code of a process that ends because of another; starting all again resumes the run."""
+
+
+def start(config: Options) -> None:
+    """Join the other processes, if the options or the environment say that there are some.
+
+    `--coordinator auto` finds them by SLURM, Open MPI or Kubernetes, as `jax.distributed` does.
+    Call it before anything else of JAX.
+
+    Raises:
+        ValueError: A number of processes without a coordinator, or the reverse.
+    """
+    if config.coordinator is None:
+        if (config.processes, config.process) != (1, 0):
+            raise ValueError(
+                "several processes need --coordinator HOST:PORT, an address of process 0, got "
+                f"processes={config.processes}, process={config.process} and none"
+            )
+        return
+    found: dict[str, Any] = {}
+    if config.coordinator != "auto":
+        if not 0 <= config.process < config.processes:
+            raise ValueError(
+                f"process must be from 0 to processes - 1, got process={config.process} and "
+                f"processes={config.processes}"
+            )
+        found = {
+            "coordinator_address": config.coordinator,
+            "num_processes": config.processes,
+            "process_id": config.process,
+        }
+    jax.distributed.initialize(
+        **found, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=60
+    )
+
+
+def first() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return jax.process_index() == 0
+
+
+def ending_together(run: Callable[[], Any]) -> Any:
+    """Run a program of several processes; if it fails in this one, end without waiting for others.
+
+    They notice within `HEARTBEAT_SECONDS`: a failed process would otherwise wait for them to reach
+    its end, and they for its part of the next step. The error is printed, and the exit code is 1,
+    or `PEER_FAILED` where the error is that another process went away.
+    """
+    try:
+        return run()
+    except (Exception, KeyboardInterrupt) as error:
+        if jax.process_count() == 1:
+            raise
+        _end(error)
+
+
+def _end(error: BaseException) -> NoReturn:
+    where = f"process {jax.process_index()} of {jax.process_count()}"
+    if _is_of_peer(error):
+        print(
+            f"{where}: another process went away, so this one ends; see what that one printed. "
+            f"Start all of them again with the same command to go on from the newest checkpoint. "
+            f"({type(error).__name__}: {str(error).splitlines()[0]})",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(PEER_FAILED)
+    traceback.print_exception(error)
+    print(f"{where} failed; the others end, too", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def _is_of_peer(error: BaseException) -> bool:
+    """Whether an error is that of a connection to another process."""
+    text = str(error).lower()
+    signs = ("connection closed by peer", "connection reset", "gloo", "nccl", "heartbeat")
+    return isinstance(error, jax.errors.JaxRuntimeError) and any(sign in text for sign in signs)
