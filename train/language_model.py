@@ -27,7 +27,7 @@ from train.language_model_parts import (
     statistics_batch,
     validate,
 )
-from train.metrics import JsonLines, Row
+from train.metrics import JsonLines, Row, writing
 from train.run import (
     Finished,
     Hook,
@@ -61,9 +61,12 @@ def train(
     Raises:
         ValueError: The batch does not fit the devices, the text is no text, or the folder holds a
             run with another configuration or of another text.
-        FloatingPointError: `config.skips_in_a_row` updates in a row were not finite.
+        FloatingPointError: `config.skips_in_a_row` updates in a row were not finite or spiking.
+        OutputError: The folder cannot be written.
     """
     mesh = mesh_of(config)  # refuses before anything is made
+    with writing(config.output):
+        config.output.mkdir(parents=True, exist_ok=True)
     if config.batch_size % (rows_shared(mesh) * config.accumulate):
         raise ValueError(
             "batch_size must be a multiple of the devices that share its rows times accumulate, "

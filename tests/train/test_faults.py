@@ -128,7 +128,7 @@ def train(folder, batches, loss=loss, **options):
 
 def reports(printed):
     """Step, seconds of each report of a step that hangs."""
-    line = r"step (\d+), or one of 2 queued .*: no result since [-\d]+ [:\d]+, for ([.\d]+) s"
+    line = r"step (\d+), or one queued .*: no result since [-\d]+ [:\d]+, for ([.\d]+) s"
     found = re.findall(line, printed)
     return [(int(step), float(seconds)) for step, seconds in found]
 
@@ -148,9 +148,10 @@ def test_a_step_that_hangs_on_the_device_is_reported(tmp_path, capfd):
     printed = capfd.readouterr().err
     found = reports(printed)
     # Every 0.3 s of the second; the device may be as many steps ahead as are in flight.
-    assert 2 <= len(found) <= 3
+    assert len(found) >= 2
     assert {step for step, _ in found} <= {2, 3, 4}
-    assert 0.3 <= found[0][1] < 0.6 <= found[1][1]
+    assert 0.3 <= found[0][1] < found[1][1]
+    assert found[1][1] >= 0.6
     assert "in sleep" in printed
     assert "loop.py" in printed
     assert "ending this process" not in printed
@@ -201,7 +202,8 @@ def test_one_of_several_processes_that_hangs_ends(tmp_path):
     assert ended.returncode == PEER_FAILED == 75
     assert time.monotonic() - begun < 50
     first, second = reports(ended.stderr)
-    assert first[1] < 1.0 <= second[1]
+    assert 0.5 <= first[1] < second[1]
+    assert second[1] >= 1.0
     assert ended.stderr.count("; ending this process; the stack of every thread:") == 1
 
 
