@@ -349,7 +349,8 @@ def as_command(train: Callable[[], loop.StopReason]) -> None:
 
     0 when finished or out of time, 128 + the signal's number after a signal, and 1 with a message
     if the folder holds a run with other options, cannot be written, or holds checkpoints of which
-    none can be read, or if too many updates were skipped. `train.distributed.PEER_FAILED` if another process of the run went away.
+    none can be read, or if too many updates were skipped. `train.distributed.PEER_FAILED` if
+    another process of the run went away.
     """
     try:
         with without_stray_errors():
