@@ -182,7 +182,9 @@ def _stage1(
         make=lambda: arrays,
         trained=trained,
         loss=make_router_loss(replaced.stage1, config.noise_levels()),
-        optimizer=lambda rate: make_router_optimizer(config, replaced.routers, rate),
+        optimizer=lambda rate: make_router_optimizer(
+            config, replaced.routers - replaced.bases, rate
+        ),
     )
     with _stream(stage, clips, tokenizer) as stream:
         return carry_out(stage, plan, stream, **options)

@@ -107,6 +107,9 @@ class Config(Options):
     in any order."""
     per_head_routers: bool = False
     """Give each head a router of its own; the paper has one a layer."""
+    learn_basis: bool = False
+    """Train a basis of each head in stage 1, in which linear attention comes closer to full
+    attention; not in the paper."""
     gradient_scores: Literal["exact", "int8"] = "exact"
     """Scores of the backward pass: from Q and K, or from their INT8 codes."""
     feature_map: Literal["softmax", "elu", "relu"] = "softmax"
@@ -128,7 +131,7 @@ class Config(Options):
     router_batch_size: int = 4
     """Clips a step of stage 1."""
     router_learning_rate: float = 1e-2
-    """Learning rate of the mixing logits; AdamW without decay, linear to 0 in the last fifth."""
+    """Learning rate of mixing logits and bases; Adam, linear to 0 in the last fifth."""
     router_projection_rate: float = 0.1
     """Learning rate of the routers as a share of that of the logits."""
     calibration_clips: int = 64

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from jaxgen.layers import (
+    BasisParam,
     MixingParam,
     ProjectionParam,
     RouterParam,
@@ -49,7 +50,8 @@ class Replaced:
         stage2: With the hard choice, as it is fine-tuned.
         evaluation: As it is validated.
         arrays: The arrays of all three, by name.
-        routers: Names of the routers.
+        routers: Names of the routers, and of the bases of heads.
+        bases: Names of the latter.
         projections: Names of the projections of SLA.
         mixing: Names of the mixing logits, block by block.
     """
@@ -59,6 +61,7 @@ class Replaced:
     evaluation: Skeleton
     arrays: Arrays
     routers: frozenset[str]
+    bases: frozenset[str]
     projections: frozenset[str]
     mixing: tuple[str, ...]
 
@@ -89,6 +92,7 @@ def attention_factory(config: Config, model: WanConfig, tokens: int) -> Callable
                     tokens,
                     initial_logit=method.initial_logit,
                     per_head_routers=config.per_head_routers,
+                    learn_basis=config.learn_basis,
                     gradient_scores=config.gradient_scores,
                     **cut,
                 )
@@ -121,6 +125,7 @@ def replace_attention(config: Config, teacher: Models, shape: tuple[int, int, in
         evaluation=take_apart(_changed(models, scan, **evaluated))[0],
         arrays=arrays,
         routers=names_of(models, RouterParam),
+        bases=names_of(models, BasisParam),
         projections=names_of(models, ProjectionParam),
         mixing=tuple(name for name in skeleton.names if name in mixing),
     )

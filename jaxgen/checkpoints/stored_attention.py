@@ -46,7 +46,7 @@ def stored_attention(
     def make(number: int) -> SparseAttention:
         parameters, where = blocks.get(number, {}), f"{source}: self-attention of block {number}"
         for kind in _KINDS:
-            if parameters.keys() == kind.PARAMETERS:
+            if parameters.keys() - kind.OPTIONAL == kind.PARAMETERS:
                 shapes = {
                     name: jax.ShapeDtypeStruct(np.shape(array), array.dtype)
                     for name, array in parameters.items()

@@ -52,6 +52,7 @@ from jaxgen.layers.sla1_attention import SLA1Attention as SLA1Attention
 from jaxgen.layers.sla1_attention import sla1_from_turbodiffusion as sla1_from_turbodiffusion
 from jaxgen.layers.sla1_attention import sla1_to_turbodiffusion as sla1_to_turbodiffusion
 from jaxgen.layers.sparse_linear_attention import ALL_SPARSE as ALL_SPARSE
+from jaxgen.layers.sparse_linear_attention import BasisParam as BasisParam
 from jaxgen.layers.sparse_linear_attention import MixingParam as MixingParam
 from jaxgen.layers.sparse_linear_attention import RouterParam as RouterParam
 from jaxgen.layers.sparse_linear_attention import Settings as Settings

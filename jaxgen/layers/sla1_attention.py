@@ -68,6 +68,7 @@ class SLA1Attention(nnx.Module):
     """
 
     PARAMETERS: ClassVar[frozenset[str]] = frozenset({"proj_l.weight", "proj_l.bias", "settings"})
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset()
     """Names of what a checkpoint holds."""
 
     def __init__(

@@ -42,6 +42,10 @@ class RouterParam(nnx.Param):
     """A projection of the router: trained in the first stage, frozen in the second."""
 
 
+class BasisParam(RouterParam):
+    """The basis of a head: trained in the first stage, frozen in the second."""
+
+
 class MixingParam(nnx.Param):
     """Mixing logits: trained in both stages, without weight decay."""
 
@@ -105,6 +109,7 @@ class SparseLinearAttention(nnx.Module):
         query_router: float32 (head_dim, head_dim) or (num_heads, head_dim, head_dim).
         key_router: likewise.
         mixing_logits: float32 (num_heads, query_blocks) or (num_heads,).
+        head_basis: float32 (num_heads, head_dim, head_dim), A of each head, or None.
         settings: what the above were trained for.
 
     Args:
@@ -117,6 +122,10 @@ class SparseLinearAttention(nnx.Module):
         block_k: keys in a block.
         per_head_ratio: one mixing ratio a head, not one for each of its blocks of queries.
         per_head_routers: projections for each head instead of shared ones.
+        learn_basis: attend to Q A and K A⁻ᵀ with a matrix A for each head, at first the identity,
+            which stage 1 trains. Scores stay the same, but not the features of the linear branch,
+            a softmax over the channels: it comes closer to full attention in a basis of its own.
+            Not in the paper.
         initial_logit: where mixing logits start; 2 means 88 % of the sparse branch.
         quantize: compute scores from INT8 codes.
         gradient_scores: "exact" or "int8", the scores of the backward pass.
@@ -134,6 +143,8 @@ class SparseLinearAttention(nnx.Module):
         {"query_router", "key_router", "mixing_logits", "settings"}
     )
     """Names of what a checkpoint holds."""
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"head_basis"})
+    """Names of what it may hold besides."""
 
     def __init__(
         self,
@@ -146,6 +157,7 @@ class SparseLinearAttention(nnx.Module):
         block_k: int = 64,
         per_head_ratio: bool = False,
         per_head_routers: bool = False,
+        learn_basis: bool = False,
         initial_logit: float = 2.0,
         quantize: bool = True,
         gradient_scores: GradientScores = "exact",
@@ -163,8 +175,10 @@ class SparseLinearAttention(nnx.Module):
             check_sizes(query_tokens=query_tokens)
         blocks = () if per_head_ratio else (-(-(query_tokens or 0) // block_q),)
         identity = jnp.eye(head_dim, dtype=param_dtype)
+        identities = jnp.tile(identity[None], (num_heads, 1, 1))
+        self.head_basis = BasisParam(identities) if learn_basis else None
         if per_head_routers:
-            identity = jnp.tile(identity[None], (num_heads, 1, 1))
+            identity = identities
         self.query_router = RouterParam(identity)
         self.key_router = RouterParam(jnp.copy(identity))
         self.mixing_logits = MixingParam(
@@ -203,6 +217,7 @@ class SparseLinearAttention(nnx.Module):
             None if len(logits) == 1 else logits[1] * found["block_q"],
             per_head_ratio=len(logits) == 1,
             per_head_routers=len(router) == 3,
+            learn_basis="head_basis" in shapes,
             **found,
         )
 
@@ -219,7 +234,18 @@ class SparseLinearAttention(nnx.Module):
         """Attends; raises what `kernels_pallas.sparse_linear_attention` raises."""
         return self._attend(query, key, value, self.mixing_logits[...], self.selection)
 
+    def _in_basis(self, query: Array, key: Array) -> tuple[Array, Array]:
+        """Returns queries and keys in the basis of their heads; products of the two stay."""
+        if self.head_basis is None:
+            return query, key
+        basis = self.head_basis[...]
+        turn = lambda x, matrices: jnp.einsum(
+            "bnhd,hde->bnhe", x.astype(basis.dtype), matrices
+        ).astype(x.dtype)
+        return turn(query, basis), turn(key, jnp.swapaxes(jnp.linalg.inv(basis), 1, 2))
+
     def _attend(self, query, key, value, logits, selection) -> Array:
+        query, key = self._in_basis(query, key)
         return sparse_linear_attention(
             query,
             key,
@@ -266,6 +292,7 @@ class SparseLinearAttention(nnx.Module):
     ) -> Bool[Array, "batch heads query_blocks key_blocks"]:
         """Returns which blocks of keys get softmax attention, for pictures."""
         routers = self.query_router[...], self.key_router[...]
+        query, key = self._in_basis(query, key)
         blocks = Blocks(
             query.shape[1], key.shape[1], self.block_q, self.block_k, self.kept_fraction
         )

@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tyro
@@ -26,6 +27,7 @@ from train.sla2_config import METHODS, Config
 from train.sla2_parts import (
     attention_factory,
     make_distillation_loss,
+    make_router_optimizer,
     replace_attention,
     with_teacher,
 )
@@ -147,6 +149,23 @@ def test_routers_learn_in_the_first_stage_only_and_ratios_in_both(straight):
     assert again["stage1"].trained == routers | mixing
     assert again["stage2"].trained == again["stage2"].skeleton.trained - routers
     assert np.abs(after[mixing.copy().pop()] - before[mixing.copy().pop()]).max() > 1e-3
+
+
+def test_a_basis_learns_in_the_first_stage_as_fast_as_the_ratios(pretrained, tmp_path):
+    settings = config(pretrained, tmp_path, learn_basis=True)
+    found = replaced(settings)
+    assert found.bases == {ATTEND + "head_basis"}
+    assert found.bases < found.routers  # so the second stage freezes it
+    optimizer = make_router_optimizer(
+        settings, found.routers - found.bases, lambda count: jnp.float32(0.1)
+    )
+    params = {name: found.arrays[name] for name in found.routers | set(found.mixing)}
+    gradients = jax.tree.map(jnp.ones_like, params)
+    with jax.numpy_dtype_promotion("standard"):  # as a step does
+        updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    size = {name: float(jnp.abs(x).max()) for name, x in updates.items()}
+    assert size[ATTEND + "head_basis"] == pytest.approx(size[ATTEND + "mixing_logits"])
+    assert size[ATTEND + "query_router"] == pytest.approx(0.1 * size[ATTEND + "mixing_logits"])
 
 
 def test_stopping_in_the_second_stage_and_resuming_gives_the_same(straight, tmp_path):

@@ -210,7 +210,8 @@ def test_what_a_model_was_trained_with_is_found_in_its_weights(kind, tmp_path):
         cut = {"kept_fraction": 0.3, "block_q": 4, "block_k": 2}
         if kind == "sla1":
             return SLA1Attention(config.head_dim, complement=number == 0, feature_map="elu", **cut)
-        own = {"per_head_ratio": True, "per_head_routers": True} if kind == "sla2 a head" else {}
+        own = {"per_head_ratio": True, "per_head_routers": True, "learn_basis": True}
+        own = own if kind == "sla2 a head" else {}
         length = None if own else tokens
         return SparseLinearAttention(config.num_heads, config.head_dim, length, **own, **cut)
 

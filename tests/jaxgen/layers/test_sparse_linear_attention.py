@@ -6,6 +6,8 @@ from flax import nnx
 
 from jaxgen.checkpoints import export_flat, export_wan, load_flat, load_wan
 from jaxgen.layers import (
+    ALL_SPARSE,
+    BasisParam,
     MixingParam,
     RouterParam,
     SLA1Attention,
@@ -78,6 +80,47 @@ def test_the_soft_choice_trains_routers_and_the_hard_one_does_not(per_head):
         assert jnp.all(jnp.isfinite(soft[name][...]))
         assert float(jnp.linalg.norm(soft[name][...])) > 1e-5
     assert float(jnp.linalg.norm(hard.mixing_logits[...])) > 1e-5
+
+
+def _turned():
+    """A layer whose heads have a basis, well away from the identity."""
+    layer = _layer(learn_basis=True)
+    noise = jax.random.normal(jax.random.key(3), layer.head_basis.shape)
+    layer.head_basis[...] += 0.3 / HEAD_DIM**0.5 * noise
+    return layer
+
+
+def test_a_basis_changes_the_linear_branch_alone():
+    operands, plain, turned = _operands(), _layer(), _turned()
+    np.testing.assert_allclose(_layer(learn_basis=True)(*operands), plain(*operands), atol=1e-6)
+    np.testing.assert_array_equal(turned.route(*operands[:2]), plain.route(*operands[:2]))
+    for logit, least, most in ((ALL_SPARSE, 0.0, 1e-5), (-ALL_SPARSE, 1e-3, 1.0)):
+        for layer in (plain, turned):
+            layer.mixing_logits[...] = jnp.full_like(layer.mixing_logits[...], logit)
+        assert least <= _distance(turned(*operands), plain(*operands)) <= most
+    bfloat16 = turned(*_operands(dtype=jnp.bfloat16))
+    assert bfloat16.dtype == jnp.bfloat16
+    assert _distance(bfloat16.astype(jnp.float32), turned(*operands)) < 0.03
+
+
+def test_a_basis_is_learnt_that_comes_closer_to_full_attention():
+    layer, operands = _layer(learn_basis=True, selection="soft"), _operands()
+    layer.mixing_logits[...] = jnp.zeros_like(layer.mixing_logits[...])
+    full = jax.nn.dot_product_attention(*operands)
+
+    def loss(layer):
+        return jnp.mean(jnp.square(layer(*operands) - full))
+
+    first, gradients = nnx.value_and_grad(loss)(layer)
+    basis, gradient = layer.head_basis[...], gradients.head_basis[...]
+    step = 0.1 * gradient / jnp.linalg.norm(gradient)
+
+    def moved(step):
+        layer.head_basis[...] = basis + step
+        return float(loss(layer))
+
+    assert moved(-step) < float(first) < moved(step)
+    assert isinstance(layer.head_basis, BasisParam)
 
 
 def test_other_lengths_are_refused_by_name_and_a_ratio_a_head_allows_them():
