@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jax
+from jax.experimental import multihost_utils
 
 from train.options import Options
 
@@ -57,6 +58,12 @@ def start(config: Options) -> None:
 def first() -> bool:
     """Whether this process is the one that prints and writes."""
     return jax.process_index() == 0
+
+
+def wait_for_all(where: str) -> None:
+    """Return when every process has come to the same place."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(where)
 
 
 def ending_together(run: Callable[[], Any]) -> Any:

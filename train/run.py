@@ -237,6 +237,7 @@ def carry_out(
         def on_first(hook: Hook, step: int, arrays: Arrays) -> None:
             if distributed.first():
                 hook.run(step, arrays)
+            distributed.wait_for_all(f"step {step}")  # or a long one looks like a step that hangs
 
         writers: list[Writer] = []
         if distributed.first():
