@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt32
 
+from train.distributed import is_of_peer
 from train.state import TrainState
 
 
@@ -100,13 +101,21 @@ class Checkpoints:
             abstract_state: ShapeDtypeStructs with the shardings that the arrays shall have.
 
         Raises:
-            CheckpointError: There are checkpoints, but none can be read.
+            CheckpointError: There are checkpoints, but none can be read; or other processes see
+                other ones.
         """
+        if not _alike(self.steps()):
+            raise CheckpointError(
+                f"processes see different checkpoints, this one {self.steps()} in {self.folder}; "
+                "--output must be a folder that all of them share"
+            )
         failures = []
         for step in reversed(self.steps()):
             try:
                 restored = self._restore(step, abstract_state)
             except Exception as error:  # Orbax and TensorStore raise many types
+                if is_of_peer(error):
+                    raise
                 failures.append(f"{self.folder / str(step)}: {_reason(error)}")
                 warnings.warn(f"cannot read checkpoint {failures[-1]}", stacklevel=2)
                 continue
@@ -233,6 +242,14 @@ def _everywhere(true: bool) -> bool:
     if jax.process_count() == 1:
         return true
     return bool(multihost_utils.process_allgather(np.bool_(true)).all())
+
+
+def _alike(steps: list[int]) -> bool:
+    """Whether all processes see the same checkpoints."""
+    if jax.process_count() == 1:
+        return True
+    seen = np.uint32(zlib.crc32(json.dumps(steps).encode()))
+    return len(set(multihost_utils.process_allgather(seen).ravel().tolist())) == 1
 
 
 def fingerprints(state: TrainState) -> dict[str, int]:

@@ -18,6 +18,8 @@ from train.options import Options
 
 HEARTBEAT_SECONDS = 30
 """A process that was silent for so long is taken for dead, and the others end."""
+EXPORT_SECONDS = 3600
+"""So long the others wait at the end for the first process, which exports."""
 PEER_FAILED = 75
 """Exit code of a process that ends because of another; starting all again resumes the run."""
 
@@ -51,7 +53,9 @@ def start(config: Options) -> None:
             "process_id": config.process,
         }
     jax.distributed.initialize(
-        **found, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=60
+        **found,
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        shutdown_timeout_seconds=EXPORT_SECONDS,
     )
 
 
@@ -66,24 +70,28 @@ def wait_for_all(where: str) -> None:
         multihost_utils.sync_global_devices(where)
 
 
-def ending_together(run: Callable[[], Any]) -> Any:
+def ending_together(run: Callable[[], Any], expected: tuple[type[Exception], ...] = ()) -> Any:
     """Run a program of several processes; if it fails in this one, end without waiting for others.
 
     They notice within `HEARTBEAT_SECONDS`: a failed process would otherwise wait for them to reach
     its end, and they for its part of the next step. The error is printed, and the exit code is 1,
     or `PEER_FAILED` where the error is that another process went away.
+
+    Args:
+        run: The program.
+        expected: Errors whose message says everything, so that no traceback is printed.
     """
     try:
         return run()
     except (Exception, KeyboardInterrupt) as error:
         if jax.process_count() == 1:
             raise
-        _end(error)
+        _end(error, expected)
 
 
-def _end(error: BaseException) -> NoReturn:
+def _end(error: BaseException, expected: tuple[type[Exception], ...]) -> NoReturn:
     where = f"process {jax.process_index()} of {jax.process_count()}"
-    if _is_of_peer(error):
+    if is_of_peer(error):
         print(
             f"{where}: another process went away, so this one ends; see what that one printed. "
             f"Start all of them again with the same command to go on from the newest checkpoint. "
@@ -92,13 +100,19 @@ def _end(error: BaseException) -> NoReturn:
             flush=True,
         )
         os._exit(PEER_FAILED)
-    traceback.print_exception(error)
+    if isinstance(error, expected):
+        print(error, file=sys.stderr)
+    else:
+        traceback.print_exception(error)
     print(f"{where} failed; the others end, too", file=sys.stderr, flush=True)
     os._exit(1)
 
 
-def _is_of_peer(error: BaseException) -> bool:
-    """Whether an error is that of a connection to another process."""
+def is_of_peer(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is that of a connection to another process."""
+    if error is None:
+        return False
     text = str(error).lower()
     signs = ("connection closed by peer", "connection reset", "gloo", "nccl", "heartbeat")
-    return isinstance(error, jax.errors.JaxRuntimeError) and any(sign in text for sign in signs)
+    of_runtime = isinstance(error, jax.errors.JaxRuntimeError)
+    return (of_runtime and any(sign in text for sign in signs)) or is_of_peer(error.__cause__)

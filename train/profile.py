@@ -18,10 +18,18 @@ class Profiler:
         folder: Where to write.
         steps: Numbers, from 1, of the first and the last step in the trace; None: no trace. Of a
             run that is resumed between them, the rest is traced.
+        write: Whether to write it. Of several processes one does; the others read results at the
+            same steps all the same, or they would not agree when to stop.
     """
 
-    def __init__(self, folder: Path | None = None, steps: tuple[int, int] | None = None):
-        self._folder, self._steps = folder, steps
+    def __init__(
+        self,
+        folder: Path | None = None,
+        steps: tuple[int, int] | None = None,
+        *,
+        write: bool = True,
+    ):
+        self._folder, self._steps, self._write = folder, steps, write
         self._running = False
 
     def due(self, done: int) -> bool:
@@ -34,8 +42,9 @@ class Profiler:
         if self.due(done) and self._running:
             self.close()
         elif self.due(done):
-            jax.profiler.start_trace(str(self._folder))
             self._running = True
+            if self._write:
+                jax.profiler.start_trace(str(self._folder))
 
     def step(self, number: int) -> AbstractContextManager[Any]:
         """Name a step in the trace."""
@@ -47,7 +56,8 @@ class Profiler:
         """End the trace early if it is running."""
         if self._running:
             self._running = False
-            jax.profiler.stop_trace()
+            if self._write:
+                jax.profiler.stop_trace()
 
 
 def peak_memory() -> Row:

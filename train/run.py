@@ -251,9 +251,7 @@ def carry_out(
             f"{jax.devices()[0].device_kind}; compiling the training step"
         )
         limit = config.time_limit
-        profiler = Profiler(
-            folder / "profile", config.profile_steps if distributed.first() else None
-        )
+        profiler = Profiler(folder / "profile", config.profile_steps, write=distributed.first())
         try:
             state, stopped = loop.run(
                 state,
@@ -353,15 +351,11 @@ def as_command(train: Callable[[], loop.StopReason]) -> None:
     none can be read, or if too many updates were skipped. `train.distributed.PEER_FAILED` if
     another process of the run went away.
     """
+    expected = run_folder.ConfigChangedError, CheckpointError, OutputError, FloatingPointError
     try:
         with without_stray_errors():
-            stopped = distributed.ending_together(train)
-    except (
-        run_folder.ConfigChangedError,
-        CheckpointError,
-        OutputError,
-        FloatingPointError,
-    ) as error:
+            stopped = distributed.ending_together(train, expected)
+    except expected as error:
         raise SystemExit(str(error)) from None
     if stopped in ("SIGINT", "SIGTERM"):
         raise SystemExit(128 + signal.Signals[stopped])

@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
+from jax.sharding import AxisType
 from jaxtyping import Array, Float, Int
 
 MESH_AXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -38,12 +39,14 @@ def partition_spec(*meanings: str | None, mesh: Any) -> jax.P:
 
     Args:
         *meanings: keys of `MESH_AXES`.
-        mesh: a mesh, of which only the axes count that it has.
+        mesh: a mesh, of which only those axes count that XLA divides arrays over by itself
+            (`AxisType.Auto`): not those of an enclosing `jax.shard_map`.
     """
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
 
     def entry(meaning: str | None) -> str | tuple[str, ...] | None:
         axes = () if meaning is None else MESH_AXES[meaning]
-        present = tuple(axis for axis in axes if axis in mesh.shape)
+        present = tuple(axis for axis in axes if kinds.get(axis) == AxisType.Auto)
         return present[0] if len(present) == 1 else present or None
 
     return jax.P(*map(entry, meanings))

@@ -68,8 +68,9 @@ class SLA1Attention(nnx.Module):
     """
 
     PARAMETERS: ClassVar[frozenset[str]] = frozenset({"proj_l.weight", "proj_l.bias", "settings"})
-    OPTIONAL: ClassVar[frozenset[str]] = frozenset()
     """Names of what a checkpoint holds."""
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset()
+    """Names of what it may hold besides."""
 
     def __init__(
         self,

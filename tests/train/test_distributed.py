@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from train import distributed
+from train.checkpoint import CheckpointError
 from train.language_model import train
 from train.language_model_config import Config
 from train.loop import STOP_REASONS, stop_flag
@@ -191,6 +192,13 @@ class EndedError(Exception):
     pass
 
 
+def of_a_peer():
+    """A save that failed because another process is gone."""
+    error = CheckpointError("cannot save step 5")
+    error.__cause__ = jax.errors.JaxRuntimeError("Gloo AllGather failed: Connection reset")
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "code", "words"),
     [
@@ -199,7 +207,9 @@ class EndedError(Exception):
             distributed.PEER_FAILED,
             "process 0 of 2: another process went away.*newest checkpoint",
         ),
-        (ValueError("some fault"), 1, "ValueError: some fault\nprocess 0 of 2 failed"),
+        (ValueError("some fault"), 1, "Traceback.*: some fault\nprocess 0 of 2 failed"),
+        (CheckpointError("disk full"), 1, "^disk full\nprocess 0 of 2 failed"),
+        (of_a_peer(), distributed.PEER_FAILED, "another process went away"),
     ],
 )
 def test_a_failing_process_does_not_wait_for_the_others(monkeypatch, capsys, error, code, words):

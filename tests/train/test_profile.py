@@ -121,3 +121,13 @@ def test_refuses_options(changes, message):
 def test_the_options_survive_the_command_line():
     original = Config(profile_steps=(10, 12), statistics_every=500)
     assert tyro.cli(Config, args=shlex.split(original.command())[3:]) == original
+
+
+def test_a_process_that_does_not_write_reads_at_the_same_steps(tmp_path):
+    writes, reads = Profiler(tmp_path / "a", (3, 4)), Profiler(tmp_path / "b", (3, 4), write=False)
+    for done in range(6):
+        assert reads.due(done) == writes.due(done)
+        writes.switch(done)
+        reads.switch(done)
+    assert (tmp_path / "a").exists()
+    assert not (tmp_path / "b").exists()

@@ -77,3 +77,21 @@ def test_heads_that_devices_do_not_divide_are_refused():
         pytest.raises(ValueError, match=r"tensor x context must divide .* 4 devices for 2 heads"),
     ):
         jax.jit(functools.partial(attend_on_mesh, exact, kernel=False))(*arrays, ids)
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_nothing_is_asked_for_where_xla_does_not_divide(kind):
+    """Inside a `jax.shard_map` of one's own, and on meshes with explicit axes."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType[kind],))
+    *arrays, ids = operands()
+
+    def attend(query, key, value, ids):
+        query = divide(query, "batch", "tokens", "features", None)
+        return attend_on_mesh(exact, query, key, value, ids, kernel=False)
+
+    with jax.set_mesh(mesh):
+        if kind == "Auto":
+            rows = jax.P("data")
+            attend = jax.shard_map(attend, in_specs=rows, out_specs=rows)
+        found = jax.jit(attend)(*arrays, ids)
+    np.testing.assert_allclose(found, exact(*arrays, ids), atol=1e-5)
