@@ -5,13 +5,16 @@ its time is up, travels with its rows of the batch through the compiled step, so
 with the result of the same step.
 """
 
+import json
 import os
 import sys
 import traceback
+import zlib
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from train.options import Options
@@ -62,6 +65,29 @@ def start(config: Options) -> None:
 def first() -> bool:
     """Whether this process is the one that prints and writes."""
     return jax.process_index() == 0
+
+
+def require_alike(options: dict[str, Any], data: Any) -> None:
+    """Refuse processes that were started with other options, or read other data.
+
+    Args:
+        options: All options as JSON holds them.
+        data: The position in the data, which names them, as JSON holds it.
+
+    Raises:
+        ValueError: They differ between processes, in every process.
+    """
+    if jax.process_count() == 1:
+        return
+    shared = {name: value for name, value in options.items() if name != "process"}
+    numbers = [zlib.crc32(json.dumps(x, sort_keys=True).encode()) for x in (shared, data)]
+    seen = multihost_utils.process_allgather(np.asarray(numbers, np.uint32))
+    for what, column in zip(("options", "data"), np.asarray(seen).T, strict=True):
+        if len(set(column.tolist())) > 1:
+            raise ValueError(
+                f"all processes need the same {what}, got different ones: the command must be the "
+                f"same but for --process, and the text too; this one has {(shared, data)}"
+            )
 
 
 def wait_for_all(where: str) -> None:

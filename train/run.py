@@ -177,6 +177,7 @@ def carry_out(
     """
     started, say = time.monotonic(), printer(show_progress)
     mesh = mesh_of(config)
+    distributed.require_alike(run_folder.to_json(config), stream.get_state())
     with writing(config.output):
         folder = run_folder.claim(config, write=distributed.first())
     rate = config.learning_rate_schedule()

@@ -227,6 +227,19 @@ def test_a_failing_process_does_not_wait_for_the_others(monkeypatch, capsys, err
     assert re.search(words, capsys.readouterr().err, re.DOTALL)
 
 
+@pytest.mark.parametrize(("other", "what"), [((1, 0), "options"), ((0, 1), "data"), ((0, 0), "")])
+def test_processes_with_other_options_or_data_are_refused(monkeypatch, other, what):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    gather = lambda numbers: np.stack([numbers, numbers + np.asarray(other, np.uint32)])
+    monkeypatch.setattr(distributed.multihost_utils, "process_allgather", gather)
+    call = lambda: distributed.require_alike({"seed": 0, "process": 1}, {"corpus": "a"})
+    if what:
+        with pytest.raises(ValueError, match=f"the same {what}, got different ones"):
+            call()
+    else:
+        call()
+
+
 def test_alone_errors_are_raised_as_they_are():
     def fail():
         raise ValueError("some fault")
