@@ -136,7 +136,7 @@ _ = plt.legend(fontsize="small")
 # ## Biased keys and values
 #
 # Trained models have channels whose mean is far above their spread; here the means have a standard
-# deviation of 4. Keys are smoothed always, `smooth_values=True` does the same for values: the bias
+# deviation of 4. Keys are smoothed already, `smooth_values=True` does the same for values: the bias
 # costs INT8 attention nothing, while it makes bfloat16 several times less accurate than it was.
 
 # %%

@@ -22,13 +22,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from jaxgen.layers import AttentionName, Rotary, attention_function
+from jaxgen.layers import AttentionName, Rotary, causal_attention
 from jaxgen.models import LanguageModel
 from jaxgen.sampling import weighted_cross_entropy
 from train.metrics import JsonLines, Row
 
 type Attend = Callable[..., Array]
-"""`attend(query, key, value, bias=None, segment_ids=None)`, causal."""
+"""Called as what `jaxgen.layers.causal_attention` returns."""
 
 LARGE_SIGMA = 5.0
 """Of queries and keys; the gradients of INT8 attention are then off by about a fifth."""
@@ -74,7 +74,7 @@ def attention_statistics(
     Returns:
         For each layer, from the first, numbers by name.
     """
-    attend, measured = _attend_of(attention, model.config.smooth_keys), []
+    attend, measured = causal_attention(attention, smooth_keys=model.config.smooth_keys), []
     for operands, segment_ids in visit_attentions(
         model, batch, across_documents=across_documents, chunk=chunk
     ):
@@ -106,7 +106,7 @@ def visit_attentions(
     positions = jnp.arange(length)[None] if across_documents else rows["positions"]
     segment_ids = None if across_documents else rows["segment_ids"]
     place = model.rotary(positions), segment_ids
-    own = _attend_of(model.config.attention, model.config.smooth_keys)
+    own = causal_attention(model.config.attention, smooth_keys=model.config.smooth_keys)
 
     blocks = [nnx.split(block) for block in model.blocks]
     inputs = [model.embed(rows["tokens"])]
@@ -196,28 +196,6 @@ def warning_of(rows: Sequence[Row]) -> str | None:
     )
 
 
-@functools.cache
-def _attend_of(name: AttentionName, smooth_keys: bool) -> Attend:
-    """The attention of a model within documents; always the same object, as `jax.jit` needs it."""
-    attention = attention_function(name)
-
-    def attend(
-        query: Array,
-        key: Array,
-        value: Array,
-        bias: Array | None = None,
-        segment_ids: Array | None = None,
-    ) -> Array:
-        options: dict[str, Any] = {"smooth_keys": smooth_keys} if name == "int8" else {}
-        if segment_ids is not None and name == "int8":
-            options |= {"query_segment_ids": segment_ids, "key_value_segment_ids": segment_ids}
-        elif segment_ids is not None:
-            options = {"mask": (segment_ids[:, :, None] == segment_ids[:, None])[:, None]}
-        return attention(query, key, value, bias, is_causal=True, **options)
-
-    return attend
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _forward(
     graph: Any,
@@ -293,7 +271,9 @@ def _head_statistics(
     *inputs, d_out = operands
     tokens, heads = d_out.shape[1:3]
     bias = jnp.zeros((1, heads, tokens, tokens), jnp.float32)
-    inside = lambda *arrays: attend(*arrays, segment_ids=segment_ids)
+    inside = lambda query, key, value, bias=None: attend(
+        query, key, value, segment_ids=segment_ids, bias=bias
+    )
     out, pullback = jax.vjp(inside, *inputs)
     dq, dk, dv = pullback(d_out)
     # A bias may keep the measured attention from its kernels: that call is for dS alone.

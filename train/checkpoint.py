@@ -16,12 +16,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt32
 
-from train.distributed import is_of_peer
+from train import distributed
 from train.state import TrainState
 
 
@@ -104,7 +102,7 @@ class Checkpoints:
             CheckpointError: There are checkpoints, but none can be read; or other processes see
                 other ones.
         """
-        if not _alike(self.steps()):
+        if not distributed.alike(self.steps()):
             raise CheckpointError(
                 f"processes see different checkpoints, this one {self.steps()} in {self.folder}; "
                 "--output must be a folder that all of them share"
@@ -114,7 +112,7 @@ class Checkpoints:
             try:
                 restored = self._restore(step, abstract_state)
             except Exception as error:  # Orbax and TensorStore raise many types
-                if is_of_peer(error):
+                if distributed.is_of_peer(error):
                     raise
                 failures.append(f"{self.folder / str(step)}: {_reason(error)}")
                 warnings.warn(f"cannot read checkpoint {failures[-1]}", stacklevel=2)
@@ -133,7 +131,7 @@ class Checkpoints:
             restored, error = self._manager.restore(step, args=arguments), None
         except Exception as failed:  # Orbax and TensorStore raise many types
             restored, error = {}, failed
-        if not _everywhere(error is None):
+        if not distributed.everywhere(error is None):
             raise error or OSError("another process cannot read it")
         state, record = type(abstract_state)(**restored["state"]), restored["extra"]
         _check(record, fingerprints(state))
@@ -145,12 +143,12 @@ class Checkpoints:
         if not later:
             return
         self._manager.close()
-        for name in later if jax.process_index() == 0 else ():
+        for name in later if distributed.first() else ():
             names = itertools.chain([""], map("-{}".format, itertools.count(2)))
             places = (self.folder / f"{name}.unreadable{number}" for number in names)
             free = next(place for place in places if not place.exists())
             (self.folder / str(name)).rename(free)
-        _everywhere(True)  # the others wait for the first process
+        distributed.wait_for_all("renamed")
         self._manager = self._open()
 
     def wait(self) -> None:
@@ -164,7 +162,7 @@ class Checkpoints:
             return
         with self._explained(step):
             self._manager.wait_until_finished()
-            if jax.process_index() == 0 and not (self.folder / str(step)).is_dir():
+            if distributed.first() and not (self.folder / str(step)).is_dir():
                 raise FileNotFoundError("it was not completed")
 
     @contextmanager
@@ -235,21 +233,6 @@ def without_stray_errors() -> Iterator[None]:
     yield
     sys.unraisablehook = hook
     asyncio.setLevel(level)
-
-
-def _everywhere(true: bool) -> bool:
-    """Whether something is true in every process."""
-    if jax.process_count() == 1:
-        return true
-    return bool(multihost_utils.process_allgather(np.bool_(true)).all())
-
-
-def _alike(steps: list[int]) -> bool:
-    """Whether all processes see the same checkpoints."""
-    if jax.process_count() == 1:
-        return True
-    seen = np.uint32(zlib.crc32(json.dumps(steps).encode()))
-    return len(set(multihost_utils.process_allgather(seen).ravel().tolist())) == 1
 
 
 def fingerprints(state: TrainState) -> dict[str, int]:

@@ -67,6 +67,23 @@ def first() -> bool:
     return jax.process_index() == 0
 
 
+def everywhere(true: bool) -> bool:
+    """Whether something is true in every process."""
+    return jax.process_count() == 1 or bool(_gathered(np.bool_(true)).all())
+
+
+def alike(value: Any) -> bool:
+    """Whether every process has the same value, anything that JSON can hold."""
+    if jax.process_count() == 1:
+        return True
+    seen = _gathered(np.uint32(zlib.crc32(json.dumps(value, sort_keys=True).encode())))
+    return bool((seen == seen.flat[0]).all())
+
+
+def _gathered(number: Any) -> np.ndarray:
+    return np.asarray(multihost_utils.process_allgather(number))
+
+
 def require_alike(options: dict[str, Any], data: Any) -> None:
     """Refuse processes that were started with other options, or read other data.
 
@@ -77,16 +94,11 @@ def require_alike(options: dict[str, Any], data: Any) -> None:
     Raises:
         ValueError: They differ between processes, in every process.
     """
-    if jax.process_count() == 1:
-        return
-    shared = {name: value for name, value in options.items() if name != "process"}
-    numbers = [zlib.crc32(json.dumps(x, sort_keys=True).encode()) for x in (shared, data)]
-    seen = multihost_utils.process_allgather(np.asarray(numbers, np.uint32))
-    for what, column in zip(("options", "data"), np.asarray(seen).T, strict=True):
-        if len(set(column.tolist())) > 1:
+    options = {name: value for name, value in options.items() if name != "process"}
+    for what, value in (("options", options), ("data", data)):
+        if not alike(value):
             raise ValueError(
-                f"all processes need the same {what}, got different ones: the command must be the "
-                f"same but for --process, and the text too; this one has {(shared, data)}"
+                f"all processes need the same {what}, got different ones; this one has {value}"
             )
 
 

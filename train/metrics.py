@@ -3,11 +3,13 @@
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
+
+import numpy as np
 
 type Row = dict[str, Any]
 """Numbers by name; None for what has no finite value."""
@@ -190,6 +192,14 @@ def final_loss(rows: list[Row], steps: int = 200) -> float | None:
     losses = [(row["loss"], row["steps"]) for row in recent if row["loss"] is not None]
     count = sum(number for _, number in losses)
     return sum(loss * number for loss, number in losses) / count if count else None
+
+
+def mean_and_deviation(values: Sequence[float] | np.ndarray, form: str, unit: str = "") -> str:
+    """Return "mean ± standard deviation unit", the latter of several values; "" of none."""
+    if not len(values):
+        return ""
+    deviation = form.format(np.std(values, ddof=1)).lstrip("+") if len(values) > 1 else ""
+    return form.format(np.mean(values)) + (f" ± {deviation}" if deviation else "") + unit
 
 
 def _finite_mean(values: list[float]) -> float | None:

@@ -6,6 +6,7 @@ from jaxgen.layers.attention import JointAttention as JointAttention
 from jaxgen.layers.attention import KeyValues as KeyValues
 from jaxgen.layers.attention import SelfAttention as SelfAttention
 from jaxgen.layers.attention import attention_function as attention_function
+from jaxgen.layers.attention import causal_attention as causal_attention
 from jaxgen.layers.attention import exact_attention as exact_attention
 from jaxgen.layers.block_diffusion_attention import (
     block_diffusion_attention as block_diffusion_attention,

@@ -5,6 +5,7 @@ chosen by name: "exact", which on GPUs in 16 bits is cuDNN's, or "int8", which t
 integer matrix products (`kernels_pallas.sage_attention`).
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float, Int, Int32
 
 from jaxgen.layers.norms import RMSNorm
 
@@ -42,6 +43,36 @@ def attention_function(name: str) -> Callable[..., Any]:
         case _:
             allowed = ", ".join(map(repr, get_args(AttentionName)))
             raise ValueError(f"attention must be one of {allowed}, got {name!r}")
+
+
+@functools.cache
+def causal_attention(name: AttentionName, *, smooth_keys: bool = True) -> Callable[..., Array]:
+    """Returns the attention of a language model, always the same function for the same arguments.
+
+    It is called `attend(query, key, value, segment_ids=None, bias=None)`; a token sees those before
+    it, of its own document if `segment_ids` (batch, tokens) say which that is.
+
+    Args:
+        name: as for `attention_function`.
+        smooth_keys: of "int8", as for `kernels_pallas.sage_attention`.
+    """
+    attention, integer = attention_function(name), name == "int8"
+
+    def attend(
+        query: Array,
+        key: Array,
+        value: Array,
+        segment_ids: Int[Array, "batch tokens"] | None = None,
+        bias: Array | None = None,
+    ) -> Array:
+        options: dict[str, Any] = {"smooth_keys": smooth_keys} if integer else {}
+        if segment_ids is not None and integer:
+            options |= {"query_segment_ids": segment_ids, "key_value_segment_ids": segment_ids}
+        elif segment_ids is not None:
+            options = {"mask": (segment_ids[:, :, None] == segment_ids[:, None])[:, None]}
+        return attention(query, key, value, bias, is_causal=True, **options)
+
+    return attend
 
 
 def exact_attention(

@@ -8,7 +8,7 @@ needs them at large batches. Several documents may share a row; tokens see their
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jaxgen.layers import Attend, AttentionName, attend_on_mesh, attention_function
+from jaxgen.layers import Attend, AttentionName, attend_on_mesh, causal_attention
 from jaxgen.models.decoder_stack import DecoderStack, check_stack
 from jaxgen.models.fields import require_bool
 
@@ -155,19 +155,10 @@ class LanguageModel(DecoderStack):
         )
 
     def _attend(self, segment_ids: Array | None) -> Attend:
-        attention = attention_function(self.config.attention)
-        integer = self.config.attention == "int8"
-
-        def attend(query: Array, key: Array, value: Array, ids: Array | None) -> Array:
-            options: dict[str, Any] = {"smooth_keys": self.config.smooth_keys} if integer else {}
-            if ids is not None and integer:
-                options |= {"query_segment_ids": ids, "key_value_segment_ids": ids}
-            elif ids is not None:
-                options = {"mask": (ids[:, :, None] == ids[:, None])[:, None]}
-            return attention(query, key, value, is_causal=True, **options)
-
+        name = self.config.attention
+        attend = causal_attention(name, smooth_keys=self.config.smooth_keys)
         return lambda query, key, value: attend_on_mesh(
-            attend, query, key, value, segment_ids, kernel=integer
+            attend, query, key, value, segment_ids, kernel=name == "int8"
         )
 
 

@@ -166,9 +166,9 @@ def sage_attention(
         smooth_values: quantize the values less their mean over the tokens, which is added to the
             output. Not in the paper. Use it where channels of the values have means far above
             their spread: without it the error of dQ and dK grows with that ratio.
-        smooth_keys: quantize the keys less their mean over the tokens, which changes no score by
-            more than the softmax ignores. False is for experiments: keys with channels of large
-            mean then lose most of their bits (SageBwd, section 6).
+        smooth_keys: quantize the keys less their mean over the tokens, of which softmax takes no
+            notice. False is for experiments: channels with a mean far above their spread then use
+            up the range of INT8.
         **flax_options: the keywords that `nnx.MultiHeadAttention` hands to its `attention_fn`.
             `dtype` casts the operands; dropout, sown weights and custom einsums are refused;
             `precision` and what concerns dropout only have no effect.

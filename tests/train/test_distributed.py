@@ -11,12 +11,12 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+from tests.train import commands
 from train import distributed
 from train.checkpoint import CheckpointError
 from train.language_model import train
@@ -25,7 +25,6 @@ from train.loop import STOP_REASONS, stop_flag
 from train.metrics import read_rows
 from train.run import as_command, mesh_of
 
-ROOT = Path(__file__).parents[2]
 STEPS = 160
 PATIENCE = 120.0  # seconds; the machine may be busy
 
@@ -33,11 +32,7 @@ PATIENCE = 120.0  # seconds; the machine may be busy
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
-    (folder / "text").mkdir()
-    for number in range(40):
-        letter = "abcdefgh"[number % 8]
-        text = f"{letter}{letter.upper()} " * (10 + number)
-        (folder / "text" / f"{number:02d}.txt").write_text(text)
+    commands.write_text(folder / "text")
     return folder
 
 
@@ -57,19 +52,13 @@ class Pair:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         words = options(folder, output).command().split()[1:]
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": "2",
-            "JAXGEN_CACHE": str(folder / "cache"),
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
+        environment = commands.environment(folder) | {"JAX_NUM_CPU_DEVICES": "2"}
         together = ["--coordinator", f"localhost:{port}", "--processes", "2", "--process"]
         self.metrics = folder / output / "metrics.jsonl"
         self.processes = [
             subprocess.Popen(
                 [sys.executable, *words, *together, str(number)],
-                cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True,
+                cwd=commands.ROOT, env=environment, stderr=subprocess.PIPE, text=True,
             )
             for number in range(2)
         ]  # fmt: skip
@@ -93,18 +82,13 @@ class Pair:
         return [process.communicate()[1][-2000:] for process in self.processes]
 
 
-def saved_steps(folder, output):
-    names = (folder / output / "checkpoints").iterdir()
-    return sorted(int(path.name) for path in names if path.name.isdigit())
-
-
 def test_two_processes_stop_die_and_finish_together(folder):
     # A signal to one of them stops both after the same step, which is saved.
     pair = Pair(folder, "two")
     pair.wait_for_step(20)
     pair.processes[1].send_signal(signal.SIGTERM)
     assert pair.codes() == [128 + signal.SIGTERM] * 2
-    stopped = saved_steps(folder, "two")[-1]
+    stopped = commands.saved_steps(folder / "two")[-1]
     assert 20 <= stopped < STEPS
     assert f"stopped (SIGTERM) at step {stopped}" in pair.printed[0]
     assert pair.printed[1].count("stopped") == 0  # one of them talks
@@ -227,10 +211,11 @@ def test_a_failing_process_does_not_wait_for_the_others(monkeypatch, capsys, err
     assert re.search(words, capsys.readouterr().err, re.DOTALL)
 
 
-@pytest.mark.parametrize(("other", "what"), [((1, 0), "options"), ((0, 1), "data"), ((0, 0), "")])
-def test_processes_with_other_options_or_data_are_refused(monkeypatch, other, what):
+@pytest.mark.parametrize("what", ["options", "data", None])
+def test_processes_with_other_options_or_data_are_refused(monkeypatch, what):
+    asked = iter(["options", "data"])
+    gather = lambda number: np.stack([number, number + np.uint32(next(asked) == what)])
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    gather = lambda numbers: np.stack([numbers, numbers + np.asarray(other, np.uint32)])
     monkeypatch.setattr(distributed.multihost_utils, "process_allgather", gather)
     call = lambda: distributed.require_alike({"seed": 0, "process": 1}, {"corpus": "a"})
     if what:

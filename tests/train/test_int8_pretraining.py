@@ -5,17 +5,14 @@ import json
 
 import pytest
 
+from tests.train import commands
 from train.configs import int8_pretraining, pretraining_speed
 from train.configs.int8_pretraining import ARMS, EACH, Experiment, carry_out, table
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    for number in range(40):
-        letter = "abcdefgh"[number % 8]
-        (folder / f"{number:02d}.txt").write_text(f"{letter}{letter.upper()} " * (10 + number))
-    return folder
+    return commands.write_text(tmp_path_factory.mktemp("text") / "files")
 
 
 @pytest.fixture(scope="module", autouse=True)

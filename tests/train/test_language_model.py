@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tyro
 
+from tests.train import commands
 from train.corpus import ByteTokenizer
 from train.language_model import train
 from train.language_model_config import MODELS, Config
@@ -22,12 +23,7 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    """Some files that are easy to predict, each with a letter of its own."""
-    folder = tmp_path_factory.mktemp("text")
-    for number in range(40):
-        letter = "abcdefgh"[number % 8]
-        (folder / f"{number:02d}.txt").write_text(f"{letter}{letter.upper()} " * (10 + number))
-    return folder
+    return commands.write_text(tmp_path_factory.mktemp("text") / "files")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -5,36 +5,31 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from jaxgen.layers import MESH_AXES, divide, partition_spec
+from tests.train import commands
 from tests.train.mesh_losses import CONTEXT, MESHES, ROWS
 from train.sharding import make_mesh
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Losses of all meshes, and the compiled steps, in the order of the runs."""
     folder = tmp_path_factory.mktemp("meshes")
-    (folder / "text").mkdir()
-    for number in range(40):
-        letter = "abcdefgh"[number % 8]
-        text = f"{letter}{letter.upper()} " * (10 + number)
-        (folder / "text" / f"{number:02d}.txt").write_text(text)
+    commands.write_text(folder / "text")
     flags = f"--xla_dump_to={folder / 'dump'} --xla_dump_hlo_module_re=jit_step"
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
+    environment = commands.environment(folder) | {
         "JAX_NUM_CPU_DEVICES": "8",
-        "JAXGEN_CACHE": str(folder / "cache"),
+        "JAX_ENABLE_COMPILATION_CACHE": "false",  # a program from there is not dumped
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}",
     }
     command = [sys.executable, "-m", "tests.train.mesh_losses", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=commands.ROOT, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 

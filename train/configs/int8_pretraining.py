@@ -21,11 +21,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-
 from jaxgen.checkpoints import write_atomically
 from train.language_model import train
 from train.language_model_config import Config
+from train.metrics import mean_and_deviation
 
 ARMS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -191,19 +190,12 @@ def table(results: list[dict[str, Any]]) -> str:
             f"{group_key[0]:,}",
             group[0]["arm"],
             str(len(group)),
-            _spread([result["loss"] for result in group], "{:.4f}"),
-            _spread([result["validation"] for result in group], "{:.4f}"),
-            "" if group[0]["arm"] == "exact" or not over else f"{_spread(over, '{:+.3f}')} %",
+            mean_and_deviation([result["loss"] for result in group], "{:.4f}"),
+            mean_and_deviation([result["validation"] for result in group], "{:.4f}"),
+            mean_and_deviation(over, "{:+.3f}", " %") if group[0]["arm"] != "exact" else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def _spread(values: list[float], form: str) -> str:
-    mean = form.format(np.mean(values))
-    if len(values) == 1:
-        return mean
-    return f"{mean} ± {form.format(np.std(values, ddof=1)).lstrip('+')}"
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ from jaxgen.checkpoints import write_atomically
 from train import decoding_sweep, diffusion_lm
 from train.decoding_sweep import Point, Sweep, accuracy_at, steps_at
 from train.diffusion_lm_config import Config
+from train.metrics import mean_and_deviation
 
 METHODS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -177,11 +178,11 @@ def table(found: Mapping[str, Sequence[Point]]) -> str:
         cells = [
             method,
             str(len(rows)),
-            _spread(100 * np.array(best), "{:.1f}", " %"),
-            _spread(np.array(steps), "{:.1f}"),
-            _spread(_known(strict), "{:+.1f}"),
-            _spread(_known(loose), "{:+.1f}"),
-            _spread(_known(share), "{:.2f}"),
+            mean_and_deviation(100 * np.array(best), "{:.1f}", " %"),
+            mean_and_deviation(np.array(steps), "{:.1f}"),
+            mean_and_deviation(_known(strict), "{:+.1f}"),
+            mean_and_deviation(_known(loose), "{:+.1f}"),
+            mean_and_deviation(_known(share), "{:.2f}"),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -211,15 +212,6 @@ def _row(
 
 def _known(values: Sequence[float | None]) -> np.ndarray:
     return np.array([value for value in values if value is not None])
-
-
-def _spread(values: np.ndarray, form: str, unit: str = "") -> str:
-    if not values.size:
-        return ""
-    mean = form.format(values.mean())
-    if values.size > 1:
-        mean += f" ± {form.format(values.std(ddof=1)).lstrip('+')}"
-    return mean + unit
 
 
 def main() -> None:

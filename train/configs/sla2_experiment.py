@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxgen.checkpoints import write_atomically
 from train import sla2
+from train.metrics import mean_and_deviation
 from train.sla2_config import METHODS, Config
 
 
@@ -126,26 +126,21 @@ def table(reports: list[sla2.Report]) -> str:
             order[place],
             f"{fraction:.0%}" if fraction >= 0.1 else f"{fraction:.1%}",
             str(len(group)),
-            _spread([values[-1] for values in errors]) if all(errors) else "",
-            _spread([report["at_start"]["validation"] for report in group]),
+            mean_and_deviation([values[-1] for values in errors], "{:.5f}") if all(errors) else "",
+            mean_and_deviation([report["at_start"]["validation"] for report in group], "{:.5f}"),
         ]
         for split in ("validation", "held_out"):
-            cells.append(_spread([report["finished"][split] for report in group]))
+            cells.append(
+                mean_and_deviation([report["finished"][split] for report in group], "{:.5f}")
+            )
             excess = [
                 100 * (report["finished"][split] / full[report["seed"]][split] - 1)
                 for report in group
                 if report["seed"] in full and report["method"] != "full"
             ]
-            cells.append(_spread(excess, "{:+.2f}", " %") if excess else "")
+            cells.append(mean_and_deviation(excess, "{:+.2f}", " %"))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def _spread(values: list[float], form: str = "{:.5f}", unit: str = "") -> str:
-    mean = form.format(np.mean(values))
-    if len(values) > 1:
-        mean += f" ± {form.format(np.std(values, ddof=1)).lstrip('+')}"
-    return mean + unit
 
 
 def main() -> None:
