@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxgen.layers import causal_attention
 from jaxgen.models import LanguageModel
 from jaxgen.sampling import weighted_cross_entropy
 from kernels_pallas import sage_attention
@@ -88,7 +89,7 @@ def test_int8_attention_has_small_errors(model):
 
 def test_int8_errors_grow_with_queries_and_keys():
     """Table 1 of arXiv:2603.02170: with sigma 1, 3 and 8 dQ is off by 2, 8 and 47 %."""
-    attend = lambda *operands, segment_ids=None: sage_attention(*operands, is_causal=True)
+    attend = causal_attention("int8")
     found = [statistics(attend, random_operands(sigma), None) for sigma in (1, 3, 8)]
     assert [float(layer["sigma_q"]) for layer in found] == pytest.approx([1, 3, 8], rel=0.05)
     small, medium, large = (float(layer["dq_error"]) for layer in found)
@@ -160,10 +161,7 @@ def test_the_largest_score_is_between_tokens_that_see_each_other():
     operands = random_operands()
     # The last key is the largest for the first query, which does not see it.
     key = operands.key.at[0, -1].set(100 * operands.query[0, 0, ::2])
-    attend = lambda *operands, segment_ids=None: jax.nn.dot_product_attention(
-        *operands, is_causal=True
-    )
-    found = layer_statistics(attend, operands._replace(key=key), None)
+    found = layer_statistics(causal_attention("exact"), operands._replace(key=key), None)
     scores = np.einsum("bthgd,bshd->bhgts", operands.query.reshape(1, 96, 2, 2, 16), key) / 4
     seen = np.tril(np.abs(scores))
     assert found["largest_score"] == pytest.approx(seen.max(), rel=1e-5)
