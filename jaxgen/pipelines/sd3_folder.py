@@ -63,15 +63,19 @@ def load(
     with_t5: bool,
     t5_tokens: int,
     sharding: Placement,
+    small_sharding: Placement,
     progress: Progress,
 ) -> dict[str, Any]:
     """Read the parts of a pipeline; see `StableDiffusion3.from_pretrained`."""
     folder = Path(folder)
     check_index(folder)
     options: dict[str, Any] = {"dtype": dtype, "attention": attention}
-    options |= {"sharding": sharding, "progress": progress}
-    transformer = load_mmdit_folder(folder / "transformer", **options)
-    other = None if small is None else load_mmdit_folder(Path(small), **options)
+    options |= {"progress": progress}
+    transformer = load_mmdit_folder(folder / "transformer", sharding=sharding, **options)
+    other = None
+    if small is not None:
+        place = sharding if small_sharding is None else small_sharding
+        other = load_mmdit_folder(Path(small), sharding=place, **options)
     with_t5 = with_t5 and (folder / "text_encoder_3").is_dir()
     text = SD3Text(
         load_clip_text_folder(folder / "text_encoder", dtype=dtype),

@@ -38,6 +38,7 @@ from jaxgen.sampling import (
     SkipLayers,
     stitch,
 )
+from jaxgen.sampling.devices import bring, home_of
 
 
 class StableDiffusion3:
@@ -86,6 +87,7 @@ class StableDiffusion3:
         with_t5: bool = True,
         t5_tokens: int = 256,
         sharding: Placement = None,
+        small_sharding: Placement = None,
         progress: Progress = None,
     ) -> "StableDiffusion3":
         """Load a folder as diffusers' `StableDiffusion3Pipeline` writes it.
@@ -99,8 +101,11 @@ class StableDiffusion3:
             with_t5: False leaves T5 out, more than half of the weights of SD3-Medium's folder; the
                 models were trained to do without it now and then.
             t5_tokens: Tokens of T5 in the context, up to 512.
-            sharding: Where the transformers' weights go, as for
+            sharding: Where the transformer's weights go, as for
                 `jaxgen.checkpoints.load_mmdit_folder`; the default device if None.
+            small_sharding: Where those of the small one go, `sharding` if None. On a device of its
+                own (`jax.sharding.SingleDeviceSharding(jax.devices()[1])`) it predicts while the
+                large one does.
             progress: Called with the bytes loaded and those of all, for each transformer; True for
                 a bar on stderr.
 
@@ -117,6 +122,7 @@ class StableDiffusion3:
             with_t5=with_t5,
             t5_tokens=t5_tokens,
             sharding=sharding,
+            small_sharding=small_sharding,
             progress=progress,
         )
         return cls(**parts)
@@ -268,6 +274,7 @@ class StableDiffusion3:
         self, latents: Float[Array, "batch height width channels"], *, tiled: bool = False
     ) -> UInt8[Array, "batch height width 3"]:
         """Turn latents into pictures, uint8; `tiled` needs less memory."""
+        latents = bring(latents, home_of(nnx.state(self.autoencoder)))
         return (_decode_tiled if tiled else _decode)(self.autoencoder, latents)
 
     def _shape(self, height: int, width: int) -> tuple[int, int, int]:

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from jaxgen.models.mmdit import Cache, MMDiT
+from jaxgen.sampling.devices import bring, home_of
 from jaxgen.sampling.flow_matching import timestep_of
 from jaxgen.sampling.guidance import Conditioning
 
@@ -87,7 +88,7 @@ class Guided:
         scale: float | Float[Array, ""],
         skip: SkipLayers | None = None,
     ) -> "Guided":
-        """Take a model apart and put both halves of its text together.
+        """Take a model apart and put both halves of its text together, where its weights are.
 
         Raises:
             ValueError: `skip` names blocks that the model does not have.
@@ -99,7 +100,8 @@ class Guided:
             )
         graph, weights = nnx.split(model)
         text = jax.tree.map(lambda *halves: jnp.concatenate(halves), conditional, unconditional)
-        return cls(weights, text, jnp.asarray(scale, jnp.float32), skip, graph)
+        text, scale = bring((text, jnp.asarray(scale, jnp.float32)), home_of(weights))
+        return cls(weights, text, scale, skip, graph)
 
     @property
     def batch(self) -> int:

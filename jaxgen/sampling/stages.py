@@ -5,7 +5,6 @@ noise are inputs: a change of these compiles nothing. The state stays in float32
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -14,50 +13,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
-from jaxgen.layers import patchify, unpatchify
-from jaxgen.models.mmdit import Cache
+from jaxgen.sampling.devices import bring, home_of, live_apart
 from jaxgen.sampling.guided import Guided, Latents
-from jaxgen.sampling.regions import active_count, as_mask, highest, patch_scores, place
+from jaxgen.sampling.hybrid import mix, mix_apart, predict, remember
+from jaxgen.sampling.regions import as_mask
+from jaxgen.sampling.state import State
 from jaxgen.sampling.stitching import HybridStitch, Policy, SRDiffusion, Stage
-
-
-class State(NamedTuple):
-    """Where sampling is; a pytree of float32.
-
-    Attributes:
-        latents: Before the next step.
-        velocity: That led here; zeros at the start.
-        estimate: Of the clean latents, from the same prediction; zeros at the start.
-    """
-
-    latents: Latents
-    velocity: Latents
-    estimate: Latents
-
-    @classmethod
-    def start(cls, noise: Latents) -> "State":
-        """Return the state before the first step."""
-        noise = noise.astype(jnp.float32)
-        return cls(noise, jnp.zeros_like(noise), jnp.zeros_like(noise))
-
-    def stepped(self, velocity: Latents, sigmas: Array, i: Array) -> "State":
-        """Return the state after an Euler step."""
-        latents = self.latents + (sigmas[i + 1] - sigmas[i]) * velocity
-        return State(latents, velocity, self.latents - sigmas[i] * velocity)
-
-
-class Memory(NamedTuple):
-    """What the hybrid stage knows of the large model; a pytree.
-
-    Attributes:
-        rows: Numbers of the patches that it goes on with.
-        weight: How much its prediction counts there, or None: wholly.
-        cache: Keys and values of all patches, of both halves of the guidance.
-    """
-
-    rows: Int32[Array, "batch active"]
-    weight: Float[Array, "batch patches"] | None
-    cache: Cache
 
 
 class Progress(NamedTuple):
@@ -109,47 +70,46 @@ def stitch(
     """
     steps = _check(large, small, policy, noise, sigmas, every, scores)
     models: dict[str, Any] = {"large": large, "small": small}
+    homes = {name: model and home_of(model.weights) for name, model in models.items()}
+    apart = live_apart(*homes.values())
+    if not apart:
+        homes = dict.fromkeys(homes)  # everything is where it must be
     # Where stages begin is no part of the programs.
-    how = dataclasses.replace(policy, start=0, end=0) if isinstance(policy, HybridStitch) else None
+    how: Any = None
+    if isinstance(policy, HybridStitch):
+        how = dataclasses.replace(policy, start=0, end=0)
     del large, small  # so that released models can go
     stages = list(policy.stages(steps))
-    state, memory = State.start(noise), None
+    state = State.start(noise)
+    memory: Any = None
     while stages:
         stage = stages.pop(0)
         remembers = bool(stages) and stages[0].kind == "hybrid"
+        home = homes["small" if stage.kind == "small" else "large"]
+        state, levels, scores = bring((state, sigmas, scores), home)
         if isinstance(policy, SRDiffusion) and policy.adaptive and stage.kind == "large":
-            state, done = sketch(models["large"], state, sigmas, *_bounds(policy, steps))
+            state, done = sketch(models["large"], state, levels, *_bounds(policy, steps))
             stage = Stage("large", stage.first, int(done))
             stages = [Stage("small", stage.last, steps)] if stage.last < steps else []
             yield Progress(stage.last, stage, state.latents, state.estimate, None)
         else:
             for first, last in _chunks(stage, every, alone=remembers):
-                bounds = jnp.int32(first), jnp.int32(last)
                 if stage.kind == "hybrid":
-                    state, memory = mix(
-                        models["large"],
-                        models["small"],
-                        state,
-                        memory,
-                        sigmas,
-                        *bounds,
-                        jnp.int32(stage.first),
-                        policy=how,
-                    )
+                    inputs = models["large"], models["small"], state, memory, levels
+                    run = mix_apart if apart else mix
+                    state, memory = run(*inputs, first, last, stage.first, policy=how)
                 elif how and remembers and last == stage.last:
+                    by_small = None
+                    if how.score == "model_diff":
+                        latents, sigma = bring((state.latents, sigmas[first]), homes["small"])
+                        by_small = bring(predict(models["small"], latents, sigma), home)
                     state, memory = remember(
-                        models["large"],
-                        models["small"] if how.score == "model_diff" else None,
-                        state,
-                        sigmas,
-                        bounds[0],
-                        scores,
-                        policy=how,
+                        models["large"], by_small, state, levels, first, scores, policy=how
                     )
                 else:
-                    state = follow(models[stage.kind], state, sigmas, *bounds)
+                    state = follow(models[stage.kind], state, levels, first, last)
                 mask = None
-                if memory is not None and stage.kind == "hybrid":
+                if stage.kind == "hybrid":
                     mask = as_mask(memory.rows, memory.cache[0].joint.key.shape[1])
                 if every or last == stage.last:
                     yield Progress(last, stage, state.latents, state.estimate, mask)
@@ -206,136 +166,6 @@ def sketch(
     start = (state, jnp.int32(0), unknown, jnp.bool_(False))
     state, done, *_ = lax.while_loop(going, step, start)
     return state, done
-
-
-@functools.partial(jax.jit, static_argnames="policy")
-def remember(
-    large: Guided,
-    small: Guided | None,
-    state: State,
-    sigmas: Array,
-    i: Int32[Array, ""],
-    scores: Float[Array, "batch patches"] | None,
-    *,
-    policy: HybridStitch,
-) -> tuple[State, Memory]:
-    """Let the large model predict one step, keep its keys and values, and choose patches.
-
-    Args:
-        large: The large model.
-        small: The small one if the score needs it.
-        state: Before the step.
-        sigmas: Noise levels.
-        i: The step.
-        scores: Given ones.
-        policy: What decides.
-    """
-    velocity, cache = large.velocity_and_cache(state.latents, sigmas[i], i)
-    if scores is None:
-        scores = _scores(policy, large, small, state, velocity, sigmas[i])
-    count = active_count(scores.shape[1], policy.share, policy.multiple)
-    rows = highest(scores, count)
-    shape = state.latents.shape
-    memory = Memory(rows, _weight(policy, rows, shape, large.patch_size), cache)
-    return state.stepped(velocity, sigmas, i), memory
-
-
-@functools.partial(jax.jit, static_argnames="policy")
-def mix(
-    large: Guided,
-    small: Guided,
-    state: State,
-    memory: Memory,
-    sigmas: Array,
-    first: Int32[Array, ""],
-    last: Int32[Array, ""],
-    start: Int32[Array, ""],
-    *,
-    policy: HybridStitch,
-) -> tuple[State, Memory]:
-    """Let the small model predict pictures and the large one some of their patches.
-
-    Args:
-        large: The large model.
-        small: The small one.
-        state: Before step `first`.
-        memory: Of the large model.
-        sigmas: Noise levels.
-        first: The first step.
-        last: The step after the last one.
-        start: The first step of the hybrid stage, from which refreshs are counted.
-        policy: How they share the work.
-    """
-    patch, shape = large.patch_size, state.latents.shape
-
-    def masked(state, memory, sigma, _):
-        parts, cache = large.masked(state.latents, sigma, memory.rows, memory.cache)
-        return parts, memory._replace(cache=cache)
-
-    def refreshed(state, memory, sigma, by_small):
-        velocity, cache = large.velocity_and_cache(state.latents, sigma)
-        rows, weight = memory.rows, memory.weight
-        if policy.update:
-            scores = _scores(policy, large, None, state, velocity, sigma, by_small)
-            rows = highest(scores, rows.shape[1])
-            weight = _weight(policy, rows, shape, patch)
-        parts = jnp.take_along_axis(patchify(velocity, patch), rows[..., None], axis=1)
-        # A cache may be kept in another dtype than the model computes in.
-        cache = jax.tree.map(lambda new, old: new.astype(old.dtype), cache, memory.cache)
-        return parts, Memory(rows, weight, cache)
-
-    def step(i, carry):
-        state, memory = carry
-        by_small = small.velocity(state.latents, sigmas[i])
-        inputs = state, memory, sigmas[i], by_small
-        if policy.refresh:
-            due = (i - start + 1) % policy.refresh == 0
-            parts, memory = lax.cond(due, refreshed, masked, *inputs)
-        else:
-            parts, memory = masked(*inputs)
-        patches = place(patchify(by_small, patch), memory.rows, parts, memory.weight)
-        velocity = unpatchify(patches, patch, *shape[1:3])
-        return state.stepped(velocity, sigmas, i), memory
-
-    return lax.fori_loop(first, last, step, (state, memory))
-
-
-def _scores(
-    policy: HybridStitch,
-    large: Guided,
-    small: Guided | None,
-    state: State,
-    velocity: Latents,
-    sigma: Array,
-    by_small: Latents | None = None,
-) -> Float[Array, "batch patches"]:
-    """Return the scores of patches from what the large model just predicted."""
-    match policy.score:
-        case "v_diff":
-            difference = velocity - state.velocity
-        case "model_diff":
-            if by_small is None:
-                assert small is not None
-                by_small = small.velocity(state.latents, sigma)
-            difference = velocity - by_small
-        case _:
-            difference = (state.latents - sigma * velocity) - state.estimate
-    return patch_scores(difference, large.patch_size, opening=policy.opening)
-
-
-def _weight(
-    policy: HybridStitch, rows: Array, shape: tuple[int, ...], patch: int
-) -> Float[Array, "batch patches"] | None:
-    """Return how much the large model counts: less the nearer a patch is to the region's edge."""
-    if not policy.blend:
-        return None
-    grid = shape[1] // patch, shape[2] // patch
-    mask = as_mask(rows, grid[0] * grid[1]).astype(jnp.float32).reshape(-1, *grid)
-    side = 2 * policy.blend + 1
-    window = (1, side, side), (1, 1, 1), "SAME"
-    inside = lax.reduce_window(mask, 0.0, lax.add, *window)
-    room = lax.reduce_window(jnp.ones_like(mask), 0.0, lax.add, *window)
-    return (inside / room).reshape(len(mask), -1)
 
 
 def _bounds(policy: SRDiffusion, steps: int) -> tuple[Array, Array, Array]:

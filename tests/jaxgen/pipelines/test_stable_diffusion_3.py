@@ -4,9 +4,12 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax.sharding import SingleDeviceSharding
 from safetensors import safe_open
 
 from jaxgen.pipelines import StableDiffusion3
@@ -72,6 +75,23 @@ def test_the_small_model_is_one_too_and_all_policies_draw(pipeline):
     )
     assert [preview.step for preview in previews] == [1, 2, 4, 6, 8]
     assert previews[2].mask.shape == (2, 2, 2)
+
+
+def test_the_small_model_may_be_on_another_device(pipeline):
+    places = [SingleDeviceSharding(device) for device in jax.devices()[1:3]]
+    apart = StableDiffusion3.from_pretrained(
+        FOLDER, small=FOLDER, dtype=jnp.float32, t5_tokens=ABOUT["t5_tokens"],
+        sharding=places[0], small_sharding=places[1],
+    )  # fmt: skip
+    assert {leaf.sharding for leaf in jax.tree.leaves(nnx.state(apart.small))} == {places[1]}
+    start = channels_last("start")
+    for policy in (Alone(), Alone("small"), HybridStitch(2, 6)):
+        one, two = (draw(p, policy=policy, latents=start).astype(int) for p in (pipeline, apart))
+        assert np.abs(one - two).max() <= 1, policy
+    together = StableDiffusion3.from_pretrained(
+        FOLDER, small=FOLDER, dtype=jnp.float32, t5_tokens=ABOUT["t5_tokens"], sharding=places[1]
+    )
+    assert {leaf.sharding for leaf in jax.tree.leaves(nnx.state(together.small))} == {places[1]}
 
 
 def test_seeds_prompts_and_sizes(pipeline):

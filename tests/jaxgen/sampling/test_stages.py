@@ -18,6 +18,7 @@ from jaxgen.sampling import (
     HybridStitch,
     SRDiffusion,
     TStitch,
+    hybrid,
     stages,
     stitch,
 )
@@ -293,7 +294,7 @@ def test_the_adaptive_switch_depends_on_the_threshold():
 
 
 def test_nothing_is_compiled_for_other_noise_guidance_text_and_boundaries():
-    programs = (stages.follow, stages.remember, stages.mix)
+    programs = (stages.follow, hybrid.remember, hybrid.mix)
     run(HybridStitch(2, 6, share=0.4))
     count = [program._cache_size() for program in programs]
     models = [
@@ -305,7 +306,7 @@ def test_nothing_is_compiled_for_other_noise_guidance_text_and_boundaries():
     run(HybridStitch(0.4, 0.9, share=0.4), models, noise(seed=3))
     assert [program._cache_size() for program in programs] == count
     run(HybridStitch(3, 5, share=0.6))
-    assert stages.mix._cache_size() == count[2] + 1
+    assert hybrid.mix._cache_size() == count[2] + 1
 
 
 @pytest.mark.parametrize("policy", [HybridStitch(2, 6), TStitch(0.5), SRDiffusion(3)])
