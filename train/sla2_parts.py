@@ -133,7 +133,7 @@ def replace_attention(config: Config, teacher: Models, shape: tuple[int, int, in
 
 def _changed(models: Models, transformer_options: dict[str, Any], **options: Any) -> Models:
     """Return models whose SLA2 layers have other options; full attention and SLA as they are."""
-    models = nnx.merge(*nnx.split(models))
+    models = nnx.clone(models)
     transformer = models.transformer
     transformer.config = dataclasses.replace(transformer.config, **transformer_options)
     for block in transformer.blocks:

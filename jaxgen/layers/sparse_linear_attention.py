@@ -278,7 +278,7 @@ class SparseLinearAttention(nnx.Module):
         if unknown:
             allowed = ", ".join(_CHANGEABLE)
             raise ValueError(f"with_options changes {allowed}; got {', '.join(unknown)}")
-        changed = nnx.merge(*nnx.split(self))
+        changed = nnx.clone(self)
         for name, value in changes.items():
             setattr(changed, name, value)
         if "kept_fraction" in changes:

@@ -185,6 +185,8 @@ def test_changed_options_leave_the_layer_alone():
     assert not layer.quantize
     np.testing.assert_array_equal(layer(*operands), before)
     assert _distance(changed(*operands), jax.nn.dot_product_attention(*operands)) < 0.03
+    changed.mixing_logits[...] = changed.mixing_logits[...] - 5.0
+    np.testing.assert_array_equal(layer(*operands), before)
     with pytest.raises(ValueError, match=r"with_options changes kept_fraction, .*; got block_q"):
         layer.with_options(block_q=64)
 
