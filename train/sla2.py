@@ -136,7 +136,8 @@ def train(
         "jax": jax.__version__,
     }
     models = replaced.evaluation.join(jax.device_put(arrays))
-    save_export(config.output / "export", models, tokenizer, report, config.export_dtype)
+    new_card = _card(config, card) | report
+    save_export(config.output / "export", models, tokenizer, new_card, config.export_dtype)
     if config.samples:
         captions = choose_captions(clips)
         videos = draw_clips(config, models, tokenizer, captions, shape)
@@ -144,6 +145,15 @@ def train(
     write_atomically(report_path, [(json.dumps(report, indent=2) + "\n").encode()])
     say(f"after fine-tuning: {report['finished']}; wrote {report_path}")
     return report
+
+
+def _card(config: Config, pretrained: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the card of the pretrained model says of the new one, too."""
+    kept = {
+        name: pretrained[name] for name in ("task", "data", "attribution") if name in pretrained
+    }
+    name = f"{pretrained['name']}-{config.method}"
+    return {"name": name} | kept | {"command": config.command()}
 
 
 def _stage1(

@@ -73,7 +73,7 @@ def pretrained(tmp_path_factory):
     random = np.random.default_rng(0)
     kernel[...] = 0.2 * random.normal(size=kernel.shape).astype(np.float32)
     card = {
-        "name": "tiny", "steps": 0, "validation": None,
+        "name": "tiny", "steps": 0, "validation": None, "attribution": "drawn by nobody",
         "config": {"frames": FRAMES, "size": SIZE, "figures": None},
     }  # fmt: skip
     save_export(folder, models, TOKENIZER, card, "float32")
@@ -124,6 +124,10 @@ def test_both_stages_and_the_report(straight):
     assert report["finished"]["validation"] < report["at_start"]["validation"]
     assert report["stage2"]["steps"] == 4
     card = json.loads((settings.output / "export" / "card.json").read_text())
+    new = {name: card.pop(name) for name in ("name", "attribution", "command")}
+    assert new["name"] == "tiny-sla2"
+    assert new["attribution"] == "drawn by nobody"
+    assert "--kept-fraction 0.25" in new["command"]
     assert card == report
 
 
@@ -330,6 +334,12 @@ def test_the_experiment_skips_what_is_done_and_prints_a_table(pretrained, tmp_pa
     limited = dataclasses.replace(experiment, seeds=(2,), time_limit=0.0)
     assert len(sla2_experiment.carry_out(limited)) == 6
     assert len(done) == 7
+
+
+def test_the_documented_table_is_that_of_the_records():
+    root = Path(__file__).parents[2]
+    reports = json.loads((root / "train/configs/results/sla2_experiment.json").read_text())
+    assert table(reports) in (root / "docs" / "sparse_linear_attention.md").read_text()
 
 
 def test_sizes_of_blocks_are_compared(pretrained, tmp_path):

@@ -1,14 +1,21 @@
 """What is each part of SLA2 worth? Methods x sparsities x seeds on one pretrained video model.
 
-Command    python -m train.text_to_video --output runs/moving-emoji
-           python -m train.configs.sla2_experiment --output runs/sla2-experiment
-               --each.pretrained runs/moving-emoji/export
-           Both resume when repeated; --time-limit cuts the second into pieces, and --methods,
+Command    python -m train.configs.sla2_experiment --output runs/sla2-experiment
+               --methods full sparse sla1 sla2 --kept-fractions 0.05 0.03
+               --each.pretrained weights/moving-emoji --each.per-head-routers
+               --each.block-q 16 --each.block-k 8 --each.token-cube 2 2 2
+               --each.router-batch-size 8 --each.steps 800 --each.batch-size 32
+               --each.learning-rate 1e-3 --each.warmup-steps 50 --each.log-every 50
+               --each.validation-clips 128 --each.workers 12 --each.no-samples
+           It resumes when repeated; --time-limit cuts it into pieces, and --methods,
            --kept-fractions and --seeds into parts that may run at once into one folder, each on
            a GPU of its own (CUDA_VISIBLE_DEVICES) or several on one
            (XLA_PYTHON_CLIENT_MEM_FRACTION). The table always shows what the folder holds.
-Hardware   not measured yet
-Outcome    not measured yet
+Hardware   one H100 a run (one run on an H200): full attention 96 s, SLA2 210 to 300, others 140 to
+           220, with compilation; jax 0.11.2
+Outcome    validation loss over full attention: SLA2 +4.0 % with 5 % of the blocks and +6.3 % with
+           3 %, SLA +6.0 and +10.3 %, the blocks alone +6.2 and +10.6 %. Every run is in
+           results/sla2_experiment.json; --records shows the table again.
 """
 
 import dataclasses
@@ -46,6 +53,8 @@ class Experiment:
     """Seeds of noise and noise levels while training."""
     time_limit: float | None = None
     """Seconds after which to stop; repeat the command to go on."""
+    records: Path | None = None
+    """Run nothing; print the table of this results.json."""
 
     def __post_init__(self):
         unknown = [name for name in self.methods if name not in METHODS]
@@ -148,6 +157,9 @@ def main() -> None:
     import tyro
 
     experiment = tyro.cli(Experiment, prog="python -m train.configs.sla2_experiment")
+    if experiment.records is not None:
+        print(table(json.loads(experiment.records.read_text())))
+        return
     # Runs that differ in their seed share compiled programs.
     jax.config.update("jax_compilation_cache_dir", str(experiment.output / "compiled"))
     print(table(carry_out(experiment)))
