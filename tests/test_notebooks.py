@@ -15,6 +15,7 @@ def test_there_are_notebooks():
     assert [path.stem for path in NOTEBOOKS] == [
         "01_text_to_image",
         "02_int8_attention",
+        "03_sparse_linear_attention",
         "04_hybrid_stitch",
     ]
 
