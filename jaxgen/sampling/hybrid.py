@@ -134,7 +134,7 @@ def mix_apart(
     """Do what `mix` does with models on different devices; state and memory are the large one's.
 
     Nothing here waits: both models are started before either is done, and latents and velocities
-    are all that goes from device to device.
+    are all that goes from device to device. The memory that is given is used up.
     """
     here, there = home_of(large.weights), home_of(small.weights)
     levels = np.asarray(sigmas)
@@ -196,11 +196,11 @@ def _joined(
     return state.stepped(velocity, sigmas, i)
 
 
-_go_on = jax.jit(_masked)
+_go_on = jax.jit(_masked, donate_argnames="memory")
 _join = jax.jit(_joined)
 
 
-@functools.partial(jax.jit, static_argnames="policy")
+@functools.partial(jax.jit, static_argnames="policy", donate_argnames="memory")
 def _refresh(large, state, memory, sigma, by_small, *, policy):
     return _refreshed(policy, large, state, memory, sigma, by_small)
 
