@@ -209,6 +209,25 @@ def test_weights_of_the_model_not_used_do_not_count(monkeypatch):
     assert " | 1.0 GiB |" in table(records)
 
 
+@pytest.mark.usefixtures("tiny_autoencoder")
+def test_the_small_model_may_be_on_another_device(monkeypatch):
+    policies = ("large", "t-stitch", "hybridstitch")
+    weights = []
+    stitch = stitching_speed.stitch
+
+    def watched(large, small, *rest):
+        models = [model and jax.tree.leaves(model.weights)[0].devices() for model in (large, small)]
+        weights.append(models)
+        return stitch(large, small, *rest)
+
+    monkeypatch.setattr(stitching_speed, "stitch", watched)
+    speed = Speed(**TINY, policies=policies, splits=(), small_device=1)
+    assert [record["method"] for record in measure(speed)] == ["alone", "T-Stitch", "HybridStitch"]
+    first, second = ({device} for device in jax.devices()[:2])
+    assert [first, second] in weights
+    assert all(models in ([first, None], [first, second]) for models in weights)
+
+
 def test_names_the_split_that_leaves_most_to_the_large_model():
     def record(method, speed_up, in_operations):
         steps = {"large": 2, "hybrid": 3, "small": 5}
@@ -237,6 +256,7 @@ def test_names_the_split_that_leaves_most_to_the_large_model():
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"runs": 0}, "runs must be at least 1, got 0"),
         ({"layers": 0}, "layers must be at least 1, got 0"),
+        ({"small_device": 4}, "small_device must be below the number of devices, 4, got 4"),
         ({"attention": "fast"}, "attention must be one of 'exact', 'int8', got 'fast'"),
         ({"policies": ("large", "fast")}, r"policies must be among large, .* got \['fast'\]"),
         ({"policies": ("small",)}, r"policies must include 'large', .* got \('small',\)"),

@@ -25,6 +25,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from jaxgen.checkpoints import write_atomically
@@ -43,6 +44,7 @@ from jaxgen.sampling import (
     TStitch,
     stitch,
 )
+from jaxgen.sampling.devices import bring, home_of
 from train.stitching import METHODS, describe
 
 type Record = dict[str, Any]
@@ -86,6 +88,9 @@ class Speed:
     its default first, then with each of these."""
     target: float = 1.83
     """Speed-up for which a split is looked for."""
+    small_device: int = 0
+    """Number of the device of the small model; the large one and the autoencoder are on 0. In a
+    hybrid step both then predict at the same time. Memory is that of device 0."""
     layers: int | None = None
     """Blocks of both models, for a quick try; None: all."""
     output: Path | None = None
@@ -101,6 +106,11 @@ class Speed:
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}")
+        if not 0 <= self.small_device < len(jax.devices()):
+            raise ValueError(
+                f"small_device must be below the number of devices, {len(jax.devices())}, "
+                f"got {self.small_device}"
+            )
         unknown = [name for name in self.policies if name not in POLICIES]
         if unknown:
             raise ValueError(f"policies must be among {', '.join(POLICIES)}, got {unknown}")
@@ -189,6 +199,9 @@ def measure(speed: Speed) -> Iterator[Record]:
         )
         for role in ("large", "small")
     }
+    if speed.small_device:
+        place = SingleDeviceSharding(jax.devices()[speed.small_device])
+        models["small"] = jax.device_put(models["small"], place)
     decoder = with_random_weights(
         functools.partial(Autoencoder, dataclasses.replace(autoencoder, **_NARROW))
     )
@@ -202,7 +215,8 @@ def measure(speed: Speed) -> Iterator[Record]:
             role: model if steps[role] or steps["hybrid"] else None
             for role, model in models.items()
         }
-        unused = sum(_bytes(model.weights) for role, model in models.items() if not used[role])
+        here = ("large", "small") if not speed.small_device else ("large",)
+        unused = sum(_bytes(models[role].weights) for role in here if not used[role])
         draw = functools.partial(_seconds, used, policy, noise, sigmas, decoder)
         first, _ = draw()
         with Memory() as memory:
@@ -381,7 +395,7 @@ def _seconds(
     """Return the seconds from noise to pixels, and those of them that decoding takes."""
     began = time.perf_counter()
     *_, last = stitch(models["large"], models["small"], policy, noise, sigmas)
-    latents = jax.block_until_ready(last.latents)
+    latents = jax.block_until_ready(bring(last.latents, home_of(nnx.state(autoencoder))))
     sampled = time.perf_counter()
     jax.block_until_ready(_decode(autoencoder, latents))
     over = time.perf_counter()
