@@ -38,7 +38,7 @@ from jaxgen.sampling import (
     SkipLayers,
     stitch,
 )
-from jaxgen.sampling.devices import bring, home_of
+from jaxgen.sampling.devices import home_of, meet
 
 
 class StableDiffusion3:
@@ -274,7 +274,7 @@ class StableDiffusion3:
         self, latents: Float[Array, "batch height width channels"], *, tiled: bool = False
     ) -> UInt8[Array, "batch height width 3"]:
         """Turn latents into pictures, uint8; `tiled` needs less memory."""
-        latents = bring(latents, home_of(nnx.state(self.autoencoder)))
+        latents = meet(latents, home_of(nnx.state(self.autoencoder)))
         return (_decode_tiled if tiled else _decode)(self.autoencoder, latents)
 
     def _shape(self, height: int, width: int) -> tuple[int, int, int]:

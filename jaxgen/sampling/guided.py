@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from jaxgen.models.mmdit import Cache, MMDiT
-from jaxgen.sampling.devices import bring, home_of
+from jaxgen.sampling.devices import home_of, meet
 from jaxgen.sampling.flow_matching import timestep_of
 from jaxgen.sampling.guidance import Conditioning
 
@@ -88,7 +88,7 @@ class Guided:
         scale: float | Float[Array, ""],
         skip: SkipLayers | None = None,
     ) -> "Guided":
-        """Take a model apart and put both halves of its text together, where its weights are.
+        """Take a model apart and put both halves of its text together, on its devices.
 
         Raises:
             ValueError: `skip` names blocks that the model does not have.
@@ -100,7 +100,7 @@ class Guided:
             )
         graph, weights = nnx.split(model)
         text = jax.tree.map(lambda *halves: jnp.concatenate(halves), conditional, unconditional)
-        text, scale = bring((text, jnp.asarray(scale, jnp.float32)), home_of(weights))
+        text, scale = meet((text, jnp.asarray(scale, jnp.float32)), home_of(weights))
         return cls(weights, text, scale, skip, graph)
 
     @property

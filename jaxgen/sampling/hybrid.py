@@ -1,7 +1,8 @@
 """The hybrid stage: the small model predicts whole pictures, the large one some of their patches.
 
 Both on the same devices are one compiled program for all steps (`mix`). On devices of their own
-(`mix_apart`) every step is a few programs, and the models predict at the same time.
+(`mix_apart`) every step is a few programs, and the models predict at the same time (but where a
+refresh scores patches by what the small one predicts).
 """
 
 import functools

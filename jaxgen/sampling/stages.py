@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
-from jaxgen.sampling.devices import bring, home_of, live_apart
+from jaxgen.sampling.devices import bring, home_of, live_apart, meet
 from jaxgen.sampling.guided import Guided, Latents
 from jaxgen.sampling.hybrid import mix, mix_apart, predict, remember
 from jaxgen.sampling.regions import as_mask
@@ -72,8 +72,7 @@ def stitch(
     models: dict[str, Any] = {"large": large, "small": small}
     homes = {name: model and home_of(model.weights) for name, model in models.items()}
     apart = live_apart(*homes.values())
-    if not apart:
-        homes = dict.fromkeys(homes)  # everything is where it must be
+    move = bring if apart else meet
     # Where stages begin is no part of the programs.
     how: Any = None
     if isinstance(policy, HybridStitch):
@@ -86,7 +85,7 @@ def stitch(
         stage = stages.pop(0)
         remembers = bool(stages) and stages[0].kind == "hybrid"
         home = homes["small" if stage.kind == "small" else "large"]
-        state, levels, scores = bring((state, sigmas, scores), home)
+        state, levels, scores = move((state, sigmas, scores), home)
         if isinstance(policy, SRDiffusion) and policy.adaptive and stage.kind == "large":
             state, done = sketch(models["large"], state, levels, *_bounds(policy, steps))
             stage = Stage("large", stage.first, int(done))
@@ -95,14 +94,23 @@ def stitch(
         else:
             for first, last in _chunks(stage, every, alone=remembers):
                 if stage.kind == "hybrid":
-                    inputs = models["large"], models["small"], state, memory, levels
                     run = mix_apart if apart else mix
-                    state, memory = run(*inputs, first, last, stage.first, policy=how)
+                    state, memory = run(
+                        models["large"],
+                        models["small"],
+                        state,
+                        memory,
+                        levels,
+                        first,
+                        last,
+                        stage.first,
+                        policy=how,
+                    )
                 elif how and remembers and last == stage.last:
                     by_small = None
                     if how.score == "model_diff":
-                        latents, sigma = bring((state.latents, sigmas[first]), homes["small"])
-                        by_small = bring(predict(models["small"], latents, sigma), home)
+                        latents, sigma = move((state.latents, sigmas[first]), homes["small"])
+                        by_small = move(predict(models["small"], latents, sigma), home)
                     state, memory = remember(
                         models["large"], by_small, state, levels, first, scores, policy=how
                     )

@@ -11,8 +11,9 @@ Command    python -m train.configs.sla2_experiment --output runs/sla2-experiment
            --kept-fractions and --seeds into parts that may run at once into one folder, each on
            a GPU of its own (CUDA_VISIBLE_DEVICES) or several on one
            (XLA_PYTHON_CLIENT_MEM_FRACTION). The table always shows what the folder holds.
-Hardware   one H100 a run (one run on an H200): full attention 96 s, SLA2 210 to 300, others 140 to
-           220, with compilation; jax 0.11.2
+Hardware   one H100 a run (one run on an H200), jax 0.11.2. Both stages: full attention 83 to 114 s,
+           SLA2 186 to 331, the others 125 to 200. The records of the others are without
+           --each.per-head-routers: an identity for each head is the identity.
 Outcome    validation loss over full attention: SLA2 +4.0 % with 5 % of the blocks and +6.3 % with
            3 %, SLA +6.0 and +10.3 %, the blocks alone +6.2 and +10.6 %. Every run is in
            results/sla2_experiment.json; --records shows the table again.

@@ -44,7 +44,7 @@ from jaxgen.sampling import (
     TStitch,
     stitch,
 )
-from jaxgen.sampling.devices import bring, home_of
+from jaxgen.sampling.devices import home_of, meet
 from train.stitching import METHODS, describe
 
 type Record = dict[str, Any]
@@ -395,7 +395,7 @@ def _seconds(
     """Return the seconds from noise to pixels, and those of them that decoding takes."""
     began = time.perf_counter()
     *_, last = stitch(models["large"], models["small"], policy, noise, sigmas)
-    latents = jax.block_until_ready(bring(last.latents, home_of(nnx.state(autoencoder))))
+    latents = jax.block_until_ready(meet(last.latents, home_of(nnx.state(autoencoder))))
     sampled = time.perf_counter()
     jax.block_until_ready(_decode(autoencoder, latents))
     over = time.perf_counter()
