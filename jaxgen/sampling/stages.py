@@ -1,7 +1,8 @@
 """Sampling with a pair of models, as a policy of `jaxgen.sampling.stitching` says.
 
-Every stage is one compiled program whose first and last step, noise levels, text, guidance and
-noise are inputs: a change of these compiles nothing. The state stays in float32.
+Every stage is one compiled program (a hybrid stage of models on different devices is a few) whose
+first and last step, noise levels, text, guidance and noise are inputs: a change of these compiles
+nothing. The state stays in float32.
 """
 
 import dataclasses
