@@ -10,7 +10,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,7 @@ def compare(
     scorer: AttributeScorer,
     emojis: openmoji.Emojis,
     config: Config,
-    on_pictures: Any = None,
+    on_record: Callable[[Record, np.ndarray, list[str]], None] | None = None,
 ) -> list[Record]:
     """Draw and measure by every policy; return a record for each.
 
@@ -130,7 +130,7 @@ def compare(
         scorer: The classifier.
         emojis: Where captions come from.
         config: What to do.
-        on_pictures: Called with each policy, its pictures and their captions.
+        on_record: Called with each record, its pictures and their captions.
     """
     check_classes(scorer, emojis)
     groups = choose_rows(emojis, config.captions // 2)
@@ -160,8 +160,8 @@ def compare(
             "frechet_distance": frechet_distance(features, real),
         }
         records.append(record)
-        if on_pictures:
-            on_pictures(policy, pictures, captions)
+        if on_record:
+            on_record(record, pictures, captions)
     return records
 
 
@@ -242,24 +242,25 @@ def main() -> None:
     emojis = openmoji.load(pair.large.transformer.config.sample_size)
     config.output.mkdir(parents=True, exist_ok=True)
     rows: dict[str, np.ndarray] = {}
+    result = {
+        "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
+        "hardware": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "records": [],
+    }
 
-    def show(policy: Policy, pictures: np.ndarray, captions: list[str]) -> None:
-        name = describe(METHODS[type(policy)], dataclasses.asdict(policy))
+    def save(record: Record, pictures: np.ndarray, captions: list[str]) -> None:
+        name = describe(record["method"], record["policy"])
         print(name, file=sys.stderr, flush=True)
+        result["records"].append(record)
+        path = config.output / "stitching.json"
+        write_atomically(path, [(json.dumps(result, indent=2) + "\n").encode()])
         rows[name] = pictures[:8]
         labels = [label for label in rows for _ in range(len(rows[label]))]
         grid = image_grid(np.concatenate(list(rows.values())), labels, headings=captions[:8])
         grid.save(config.output / "pictures.png")
 
-    records = compare(pair, AttributeScorer.load(config.classifier), emojis, config, show)
-    result = {
-        "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
-        "hardware": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "records": records,
-    }
-    path = config.output / "stitching.json"
-    write_atomically(path, [(json.dumps(result, indent=2) + "\n").encode()])
+    records = compare(pair, AttributeScorer.load(config.classifier), emojis, config, save)
     plot(records, config.output / "stitching.png")
     print(table(records))
 

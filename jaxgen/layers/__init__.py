@@ -48,6 +48,7 @@ from jaxgen.layers.rotary import rotate_halves as rotate_halves
 from jaxgen.layers.rotary import text_rotary as text_rotary
 from jaxgen.layers.rotary import video_axis_dims as video_axis_dims
 from jaxgen.layers.rotary import video_rotary as video_rotary
+from jaxgen.layers.scan import make_blocks as make_blocks
 from jaxgen.layers.scan import scan_blocks as scan_blocks
 from jaxgen.layers.sla1_attention import ProjectionParam as ProjectionParam
 from jaxgen.layers.sla1_attention import SLA1Attention as SLA1Attention

@@ -1,4 +1,4 @@
-"""Deep stacks of equal blocks as a loop, so that compiling takes seconds at any depth."""
+"""Deep stacks of equal blocks, made and run so that compiling takes seconds at any depth."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -7,6 +7,30 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
+
+
+def make_blocks[Block: nnx.Module](
+    make: Callable[..., Block], count: int, *, rngs: nnx.Rngs
+) -> list[Block]:
+    """Makes blocks that differ in their random numbers only.
+
+    Inside `jax.jit`, the weights of all blocks are drawn together: XLA takes about half a second to
+    compile a draw, and a deep model would have hundreds. Values are the same as outside.
+
+    Args:
+        make: called with `rngs`, makes one block.
+        count: how many.
+        rngs: gives one key of its stream `params` to all of them.
+    """
+    keys = jax.random.split(rngs.params(), count)
+    if not isinstance(keys, jax.core.Tracer):
+        return [make(rngs=nnx.Rngs(key)) for key in keys]
+    graph = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))[0]
+    states = jax.vmap(lambda key: nnx.split(make(rngs=nnx.Rngs(key)))[1])(keys)
+    # Without barriers XLA would draw the part of each block by itself.
+    states = jax.tree.map(jax.lax.optimization_barrier, states)
+    one = lambda number: jax.tree.map(lambda arrays: arrays[number], states)
+    return [nnx.merge(graph, one(number)) for number in range(count)]
 
 
 def scan_blocks(

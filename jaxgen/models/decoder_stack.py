@@ -1,5 +1,6 @@
 """What the language models have in common: token embeddings, a stack of blocks, a head."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from jaxgen.layers import (
     attention_function,
     divide,
     linear_of,
+    make_blocks,
     norm_of,
     scan_blocks,
     text_rotary,
@@ -70,8 +72,8 @@ class DecoderStack(nnx.Module):
             param_dtype=shape.param_dtype,
             rngs=rngs,
         )
-        blocks = [DecoderBlock(shape, rngs=rngs) for _ in range(shape.num_layers)]
-        self.blocks = nnx.List(blocks)
+        make = functools.partial(DecoderBlock, shape)
+        self.blocks = nnx.List(make_blocks(make, shape.num_layers, rngs=rngs))
         self.final_norm = norm_of(shape.width, shape)
         head = None if shape.tied else linear_of(shape.width, shape.vocabulary_size, shape, rngs)
         self.head = head

@@ -75,7 +75,11 @@ def test_every_policy_is_measured_against_the_large_model(pair, scorer, emojis, 
     config = Config(captions=6, steps=10, batch_size=4, quick=True)
     seen = {}
     records = compare(
-        pair, scorer, emojis, config, lambda policy, pictures, _: seen.update({policy: pictures})
+        pair,
+        scorer,
+        emojis,
+        config,
+        lambda record, pictures, _: seen.update({str(record): pictures}),
     )
     assert [record["method"] for record in records] == [
         "alone", "alone", "T-Stitch", "SRDiffusion", "HybridStitch"

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxgen.models import MMDIT_PRESETS, AutoencoderConfig, MMDiT, MMDiTConfig
 from jaxgen.sampling import Alone, HybridStitch, SRDiffusion, TStitch
 from train.configs import stitching_speed
+from train.configs.random_weights import with_random_weights
 from train.configs.stitching_speed import (
     Memory,
     Speed,
@@ -24,7 +25,6 @@ from train.configs.stitching_speed import (
     reaching,
     table,
     verdict,
-    with_random_weights,
 )
 
 LARGE = MMDiTConfig(

@@ -23,11 +23,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from jaxgen.checkpoints import write_atomically
 from jaxgen.models import DIFFUSION_LM_PRESETS, DiffusionLM, DiffusionLMConfig
 from jaxgen.sampling import BlockDiffusion, ResidualContext, Unmasking, decode
+from train.configs.random_weights import with_random_weights
 
 type Record = dict[str, Any]
 
@@ -93,24 +93,6 @@ class Speed:
         )
 
 
-def random_model(config: DiffusionLMConfig) -> DiffusionLM:
-    """Return a model of random weights, drawn on the device, one array at a time."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: DiffusionLM(config, rngs=nnx.Rngs(0))))
-    leaves, structure = jax.tree.flatten(state)
-    draw = jax.jit(_draw, static_argnums=(1, 2))
-    arrays = [
-        draw(jax.random.key(number), leaf.shape, leaf.dtype) for number, leaf in enumerate(leaves)
-    ]
-    return nnx.merge(graph, jax.tree.unflatten(structure, arrays))
-
-
-def _draw(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Weights that keep the size of activations; vectors scale norms and stay at one."""
-    if len(shape) == 1:
-        return jnp.ones(shape, dtype)
-    return jax.random.normal(key, shape, dtype) * jnp.asarray(max(shape) ** -0.5, dtype)
-
-
 def measure(speed: Speed) -> list[Record]:
     """Return a record for each method and batch: plain, RCD, and RCD with a narrow table."""
     records: list[Record] = []
@@ -119,7 +101,8 @@ def measure(speed: Speed) -> list[Record]:
         name = speed.sdar if method == "block" else speed.llada
         if name != loaded:
             model = None  # before the next one is made
-            model, loaded = random_model(speed.config(name)), name
+            model = with_random_weights(functools.partial(DiffusionLM, speed.config(name)))
+            loaded = name
         assert model is not None
         for batch in speed.batches:
             plain = None

@@ -11,6 +11,7 @@ Outcome    not measured yet
 """
 
 import dataclasses
+import functools
 import json
 import statistics
 import sys
@@ -23,12 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 
 from jaxgen.checkpoints import decoder_sharding, write_atomically
 from jaxgen.models import DIFFUSION_LM_PRESETS, DiffusionLM, DiffusionLMConfig
 from jaxgen.sampling import MaskedDiffusion, ResidualContext, diffusion_lm_loss
-from train.configs.decoding_speed import random_model
+from train.configs.random_weights import with_random_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +113,12 @@ def make_step(step: Step, graph: Any, reference_graph: Any) -> Any:
 
 def measure(step: Step) -> dict[str, Any]:
     """Take the steps and return what they needed."""
-    mesh = jax.make_mesh((step.fsdp,), ("fsdp",), devices=jax.devices()[: step.fsdp])
-    models = [sharded(random_model(step.config(n)), mesh) for n in (step.model, step.reference)]
+    devices, kinds = jax.devices()[: step.fsdp], (AxisType.Auto,)
+    mesh = jax.make_mesh((step.fsdp,), ("fsdp",), kinds, devices=devices)
+    models = [
+        sharded(with_random_weights(functools.partial(DiffusionLM, step.config(name))), mesh)
+        for name in (step.model, step.reference)
+    ]
     (graph, params), (reference_graph, reference) = map(nnx.split, models)
     del models
     state = jax.jit(make_optimizer(step).init)(params)

@@ -13,12 +13,11 @@ Outcome    not measured yet
 import dataclasses
 import functools
 import json
-import math
 import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,7 +25,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
-from jax.typing import DTypeLike
 
 from jaxgen.checkpoints import write_atomically
 from jaxgen.layers import AttentionName
@@ -45,6 +43,7 @@ from jaxgen.sampling import (
     stitch,
 )
 from jaxgen.sampling.devices import home_of, meet
+from train.configs.random_weights import normal, with_random_weights
 from train.stitching import METHODS, describe
 
 type Record = dict[str, Any]
@@ -185,8 +184,8 @@ def measure(speed: Speed) -> Iterator[Record]:
     large = speed.config("large")
     conditional, unconditional = (
         Conditioning(
-            _normal(2 * half, shape=(speed.batch, speed.text_tokens, large.joint_attention_dim)),
-            _normal(2 * half + 1, shape=(speed.batch, large.pooled_projection_dim)),
+            normal(2 * half, shape=(speed.batch, speed.text_tokens, large.joint_attention_dim)),
+            normal(2 * half + 1, shape=(speed.batch, large.pooled_projection_dim)),
         )
         for half in range(2)
     )
@@ -206,7 +205,7 @@ def measure(speed: Speed) -> Iterator[Record]:
         functools.partial(Autoencoder, dataclasses.replace(autoencoder, **_NARROW))
     )
     side = speed.pixels // autoencoder.downscale
-    noise = _normal(4, shape=(speed.batch, side, side, large.in_channels), dtype=jnp.float32)
+    noise = normal(4, shape=(speed.batch, side, side, large.in_channels), dtype=jnp.float32)
     sigmas = FlowMatchingSchedule().sigmas(speed.steps)
     alone = None
     for policy in speed.samplers():
@@ -248,26 +247,6 @@ def cost_of(speed: Speed, policy: Policy) -> float:
         patches=(speed.patches, speed.patches),
         text_tokens=speed.text_tokens,
     )
-
-
-def with_random_weights[Module: nnx.Module](make: Callable[..., Module]) -> Module:
-    """Return a module whose weights are all random, made on the device in their own dtype.
-
-    A new MMDiT predicts zero, as gates and last layer start there; here nothing is zero. Kernels
-    keep the size of what they are applied to. Each array is made by a program of its own, since
-    one for all would take long to compile; there are few shapes.
-
-    Args:
-        make: Called with `rngs`, without making arrays.
-    """
-    graph, state = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
-    leaves, structure = jax.tree.flatten_with_path(state)
-    weights = []
-    for number, (path, leaf) in enumerate(leaves):
-        around = 1.0 if "'scale'" in jax.tree_util.keystr(path) else 0.0
-        size = 1 / math.sqrt(math.prod(leaf.shape[:-1])) if len(leaf.shape) > 1 else 0.02
-        weights.append(_normal(number, around, size, shape=leaf.shape, dtype=leaf.dtype))
-    return nnx.merge(graph, jax.tree.unflatten(structure, weights))
 
 
 class Memory:
@@ -364,20 +343,6 @@ def carry_out(speed: Speed) -> list[Record]:
         save(speed, records)
         print(json.dumps(record), file=sys.stderr, flush=True)
     return records
-
-
-@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
-def _normal(
-    seed: int,
-    around: float = 0.0,
-    size: float = 1.0,
-    *,
-    shape: tuple[int, ...],
-    dtype: DTypeLike = jnp.bfloat16,
-) -> jax.Array:
-    """Draw normal numbers on the device."""
-    values = jax.random.normal(jax.random.key(seed), shape, dtype)
-    return jnp.asarray(around, dtype) + jnp.asarray(size, dtype) * values
 
 
 @nnx.jit

@@ -9,6 +9,7 @@ Outcome    not measured yet
 """
 
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from jaxgen.checkpoints import write_atomically
 from jaxgen.layers import SparseLinearAttention, exact_attention
 from jaxgen.models import WAN_PRESETS, Wan, WanConfig
 from kernels_pallas.bench import milliseconds
+from train.configs.random_weights import with_random_weights
 
 _TEXT_TOKENS = 512
 
@@ -77,7 +79,7 @@ def measure(speed: Speed) -> list[dict[str, Any]]:
     context = jax.random.normal(keys[1], (1, _TEXT_TOKENS, config.text_dim), jnp.bfloat16)
     records, full = [], None
     for kept in (1.0, *speed.kept_fractions):
-        # Parameters of self-attention differ, so each model is made anew; equal seeds, equal rest.
+        # Parameters of self-attention differ, so each model is made anew.
         make = lambda number, kept=kept: (
             exact_attention
             if kept == 1
@@ -85,7 +87,7 @@ def measure(speed: Speed) -> list[dict[str, Any]]:
                 config.num_heads, config.head_dim, tokens, kept_fraction=kept
             )
         )
-        model = nnx.jit(lambda make=make: Wan(config, attend=make, rngs=nnx.Rngs(0)))()
+        model = with_random_weights(functools.partial(Wan, config, attend=make))
         graph, state = nnx.split(model)
         leaves, structure = jax.tree.flatten(state)
 
