@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array
 
 
@@ -23,7 +24,7 @@ def make_blocks[Block: nnx.Module](
         rngs: gives one key of its stream `params` to all of them.
     """
     keys = jax.random.split(rngs.params(), count)
-    if not isinstance(keys, jax.core.Tracer):
+    if not isinstance(keys, Tracer):
         return [make(rngs=nnx.Rngs(key)) for key in keys]
     graph = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))[0]
     states = jax.vmap(lambda key: nnx.split(make(rngs=nnx.Rngs(key)))[1])(keys)
