@@ -305,9 +305,9 @@ for panel, name in zip(panels, ("forward", "backward"), strict=True):
     for place, sparsity in enumerate(sparsities, start=1):
         ours = [time[n, sparsity]["ms"] for n in lengths]
         bars = panel.bar(at + place * width, ours, width, label=f"SLA2, {sparsity:.0%} sparse")
-        faster = [f"{full / mine:.1f} x" for full, mine in zip(cudnn, ours, strict=True)]
+        faster = [f"{full / mine:.1f}" for full, mine in zip(cudnn, ours, strict=True)]
         panel.bar_label(bars, faster, fontsize=8)
-    panel.set_xticks(at + 0.4 - width / 2, [f"{n} tokens" for n in lengths])
-    panel.set(yscale="log", title=name)
+    panel.set_xticks(at + width, [f"{n:,}" for n in lengths])
+    panel.set(yscale="log", title=f"{name}; numbers: times as fast", xlabel="tokens")
 panels[0].set_ylabel("ms")
 panels[0].legend(fontsize="small")
