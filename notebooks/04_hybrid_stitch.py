@@ -300,12 +300,14 @@ print(f"patches that both chose: {common:.0%}")
 #
 # The large model now computes 30 % of the tokens. Their queries still need something to attend to:
 # what a roof looks like depends on the wall below it. So the last whole pass keeps the keys and
-# values of all tokens in every block, and a masked pass overwrites those of its own tokens only.
+# values of all tokens in every block, those of the tokens that go on last, and a masked pass
+# overwrites these only.
 #
 # With a fresh memory, a masked pass gives what the whole pass gives for these patches:
 
 # %%
 keep = jax.jit(lambda model, latents, sigma: model.velocity_and_cache(latents, sigma))
+region_of = jax.jit(lambda model, rows, memory: model.region(rows, memory))
 masked = jax.jit(lambda model, *inputs: model.masked(*inputs))
 rows = highest(scores["x0_diff"], active)
 
@@ -320,7 +322,8 @@ def relative(actual, wanted):
 
 
 whole, memory = keep(large, latents[last], sigmas[last])
-parts, _ = masked(large, latents[last], sigmas[last], rows, memory)
+region = region_of(large, rows, memory)
+parts, _ = masked(large, latents[last], sigmas[last], region)
 print(f"{parts.shape[1]} of {patches} patches, relative error {relative(parts, chosen(whole)):.1e}")
 megabytes = sum(x.nbytes for x in jax.tree.leaves(memory)) / count / 1e6
 print(f"memory: {megabytes:.1f} MB a picture, both halves of guidance, float32")
@@ -332,14 +335,11 @@ print(f"memory: {megabytes:.1f} MB a picture, both halves of guidance, float32")
 
 # %%
 deaf_model = jg.TextToImage.from_pretrained(LARGE)
-both_halves = jnp.concatenate([rows, rows])
-text_keys = jnp.broadcast_to(patches + jnp.arange(text_tokens), (2 * count, text_tokens))
-heard = jnp.concatenate([both_halves, text_keys], axis=1)[..., None, None]
+heard = active + text_tokens
 
 
 def attend_to_heard(query, key, value):
-    key, value = (jnp.take_along_axis(x, heard, axis=1) for x in (key, value))
-    return jax.nn.dot_product_attention(query, key, value)
+    return jax.nn.dot_product_attention(query, key[:, -heard:], value[:, -heard:])
 
 
 for block in deaf_model.transformer.blocks:
@@ -348,16 +348,16 @@ deaf = guided(deaf_model)
 
 steps_after = range(last, STEPS)
 lines = {"remembered once": [], "renewed every 3 steps": [], "nothing outside": [], "small": []}
-once = renewed = memory
+once = renewed = region
 for i in steps_after:
     wanted = chosen(by_large[i])
     if (i - last) % 3 == 0:
-        _, renewed = keep(large, latents[i], sigmas[i])
-    parts, once = masked(large, latents[i], sigmas[i], rows, once)
+        renewed = region_of(large, rows, keep(large, latents[i], sigmas[i])[1])
+    parts, once = masked(large, latents[i], sigmas[i], once)
     lines["remembered once"].append(relative(parts, wanted))
-    parts, renewed = masked(large, latents[i], sigmas[i], rows, renewed)
+    parts, renewed = masked(large, latents[i], sigmas[i], renewed)
     lines["renewed every 3 steps"].append(relative(parts, wanted))
-    parts, _ = masked(deaf, latents[i], sigmas[i], rows, memory)
+    parts, _ = masked(deaf, latents[i], sigmas[i], region)
     lines["nothing outside"].append(relative(parts, wanted))
     lines["small"].append(relative(chosen(by_small[i]), wanted))
 
@@ -383,7 +383,7 @@ _ = plt.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
 
 # %%
 fraction = mmdit_operations(configs["large"], patches, text_tokens, active) / operations["large"]
-part_time = seconds(masked, large, noise, sigmas[0], rows, memory)
+part_time = seconds(masked, large, noise, sigmas[0], region)
 print(
     f"masked over whole: {fraction:.2f} in operations, {part_time / step_time['large']:.2f} in time"
 )

@@ -136,6 +136,32 @@ class KeyValues(NamedTuple):
 
         return KeyValues(write(self.key, new.key), write(self.value, new.value))
 
+    def without(self, rows: Int32[Array, "batch active"], room: int) -> "KeyValues":
+        """Returns those of the other tokens, in their order, and room for `room` tokens after them.
+
+        Attention does not notice the order of keys. With all that changes at the end, new tokens
+        are written in place and nothing is put together from parts.
+        """
+        batch, tokens = self.key.shape[:2]
+        number = jnp.arange(batch, dtype=rows.dtype)[:, None]
+        here = jnp.zeros((batch, tokens), bool).at[number, rows].set(True)
+        others = jnp.argsort(here, axis=1, stable=True)[:, : tokens - rows.shape[1]]
+
+        def keep(array: Array) -> Array:
+            kept = jnp.take_along_axis(array, others[:, :, None, None], axis=1)
+            return jnp.pad(kept, ((0, 0), (0, room), (0, 0), (0, 0)))
+
+        return KeyValues(keep(self.key), keep(self.value))
+
+    def ended(self, new: "KeyValues") -> "KeyValues":
+        """Returns these with other tokens at the end."""
+
+        def write(old: Array, part: Array) -> Array:
+            start = old.shape[1] - part.shape[1]
+            return jax.lax.dynamic_update_slice_in_dim(old, part.astype(old.dtype), start, axis=1)
+
+        return KeyValues(write(self.key, new.key), write(self.value, new.value))
+
 
 class HeadProjections(nnx.Module):
     """The projections of one token stream into heads and, unless left out, back.
@@ -248,23 +274,22 @@ class SelfAttention(nnx.Module):
     def cached(
         self,
         x: Float[Array, "batch active dim"],
-        rows: Int32[Array, "batch active"] | None = None,
         cache: KeyValues | None = None,
     ) -> tuple[Float[Array, "batch active dim"], KeyValues]:
         """Attends to tokens of which only some are here.
 
         Args:
-            x: all tokens, or those numbered `rows`.
-            rows: rising numbers of the tokens that are here; None if all are.
-            cache: keys and values of all tokens; needed with `rows`.
+            x: all tokens, or some.
+            cache: with some, keys and values of the others and room for these, from
+                `KeyValues.without`.
 
         Returns:
-            What `x` found, and the keys and values of all tokens, those of `x` new.
+            What `x` found, and the keys and values of all tokens, those of `x` at the end.
         """
         query, key, value = self.heads.split(x)
         keys = KeyValues(key, value)
-        if rows is not None and cache is not None:
-            keys = cache.updated(rows, keys)
+        if cache is not None:
+            keys = cache.ended(keys)
         return self._merge(self.attend(query, *keys.astype(query.dtype))), keys
 
     def _merge(self, heads: Array) -> Array:
@@ -326,28 +351,31 @@ class JointAttention(nnx.Module):
         self,
         image: Float[Array, "batch active dim"],
         text: Float[Array, "batch text_tokens dim"],
-        rows: Int32[Array, "batch active"] | None = None,
         cache: KeyValues | None = None,
     ) -> tuple[
         Float[Array, "batch active dim"], Float[Array, "batch text_tokens dim"] | None, KeyValues
     ]:
         """Attends to image tokens of which only some are here; arguments as in `SelfAttention`.
 
+        The cache has room for the text, too.
+
         Returns:
-            The output of both streams, and the keys and values of all image tokens.
+            The output of both streams, and the keys and values of all image tokens; with a cache
+            those of the text follow.
         """
         image_query, *image_keys = self.image.split(image)
         text_query, text_key, text_value = self.text.split(text)
-        keys = KeyValues(*image_keys)
-        if rows is not None and cache is not None:
-            keys = cache.updated(rows, keys)
-        image_key, image_value = keys.astype(image_query.dtype)
-        key = jnp.concatenate([image_key, text_key], axis=1)
-        value = jnp.concatenate([image_value, text_value], axis=1)
+        join = lambda *parts: jnp.concatenate(parts, axis=1)
+        keys = kept = KeyValues(*map(join, image_keys, (text_key, text_value)))
+        if cache is None:
+            kept = KeyValues(*image_keys)
+        else:
+            keys = kept = cache.ended(keys)
         # Without a text output nobody would read what the text queries find.
         text_queries = [] if self.text.output is None else [text_query]
-        query = jnp.concatenate([image_query, *text_queries], axis=1)
-        image_heads, text_heads = jnp.split(self.attend(query, key, value), [image.shape[1]], 1)
+        query = join(image_query, *text_queries)
+        found = self.attend(query, *keys.astype(query.dtype))
+        image_heads, text_heads = jnp.split(found, [image.shape[1]], axis=1)
         merged = self.image.merge(image_heads)
         assert merged is not None  # the image stream always has an output projection
-        return merged, self.text.merge(text_heads), keys
+        return merged, self.text.merge(text_heads), kept

@@ -135,7 +135,7 @@ _POSITIVE = (
 
 
 class BlockCache(NamedTuple):
-    """Keys and values of all image tokens in one block; a pytree.
+    """Keys and values of image tokens in one block; a pytree.
 
     Attributes:
         joint: those of the joint attention.
@@ -147,6 +147,20 @@ class BlockCache(NamedTuple):
 
 
 type Cache = tuple[BlockCache, ...]
+"""Of all blocks, all image tokens in their order."""
+
+
+class Region(NamedTuple):
+    """Patches that masked passes predict while the others are only attended to; a pytree.
+
+    Attributes:
+        rows: rising, distinct numbers of these patches, row by row; see `patchify`.
+        cache: keys and values in every block: of the other patches in their order, then of these
+            and, in the joint attention, of the text.
+    """
+
+    rows: Int32[Array, "batch active"]
+    cache: Cache
 
 
 class MMDiTBlock(nnx.Module):
@@ -188,7 +202,6 @@ class MMDiTBlock(nnx.Module):
         image: Float[Array, "batch active width"],
         text: Float[Array, "batch text_tokens width"],
         conditioning: Float[Array, "batch width"],
-        rows: Int32[Array, "batch active"] | None = None,
         cache: BlockCache | None = None,
     ) -> tuple[
         Float[Array, "batch active width"], Float[Array, "batch text_tokens width"], BlockCache
@@ -196,28 +209,25 @@ class MMDiTBlock(nnx.Module):
         """Runs the block for some of the image tokens, the others being keys in the cache.
 
         Args:
-            image: all image tokens, or those numbered `rows`.
+            image: all image tokens, or those of a region.
             text: all text tokens.
             conditioning: time step and pooled text.
-            rows: rising numbers of the image tokens that are here; None if all are.
-            cache: keys and values of all image tokens; needed with `rows`.
+            cache: keys and values of a region's block; None if all image tokens are here.
 
         Returns:
-            Both streams, and the keys and values of all image tokens.
+            Both streams, and the keys and values of all image tokens or of the region.
         """
         joint, second = (None, None) if cache is None else cache
         image_joint, image_feed, *image_dual = self.image_modulation(conditioning)
         text_joint, *text_feed = self.text_modulation(conditioning)
         image_out, text_out, joint = self.attention.cached(
-            modulate(image, image_joint), modulate(text, text_joint), rows, joint
+            modulate(image, image_joint), modulate(text, text_joint), joint
         )
 
         # The second attention reads the tokens as they were before the first one's update.
         dual_out = None
         if self.image_attention is not None:
-            dual_out, second = self.image_attention.cached(
-                modulate(image, image_dual[0]), rows, second
-            )
+            dual_out, second = self.image_attention.cached(modulate(image, image_dual[0]), second)
         image = add_gated(image, image_out, image_joint)
         if dual_out is not None:
             image = add_gated(image, dual_out, image_dual[0])
@@ -306,15 +316,36 @@ class MMDiT(nnx.Module):
         patches = self._predict(image, conditioning)
         return unpatchify(patches, self.config.patch_size, *latents.shape[1:3]), tuple(cache)
 
+    def region(self, rows: Int32[Array, "batch active"], cache: Cache, text_tokens: int) -> Region:
+        """Returns what masked passes need to predict some patches.
+
+        Args:
+            rows: rising, distinct numbers of the patches, row by row; see `patchify`.
+            cache: keys and values from `with_cache`.
+            text_tokens: of the context of the masked passes.
+
+        Raises:
+            ValueError: shapes that do not belong together.
+        """
+        self._check_cache(rows, cache)
+        room = rows.shape[1]
+        blocks = [
+            BlockCache(
+                joint and joint.without(rows, room + text_tokens),
+                second and second.without(rows, room),
+            )
+            for joint, second in cache
+        ]
+        return Region(rows, tuple(blocks))
+
     def masked(
         self,
         latents: Float[Array, "batch height width in_channels"],
         timestep: Float[Array, " batch"],
         context: Float[Array, "batch text_tokens joint_attention_dim"],
         pooled: Float[Array, "batch pooled_projection_dim"],
-        rows: Int32[Array, "batch active"],
-        cache: Cache,
-    ) -> tuple[Float[Array, "batch active patch"], Cache]:
+        region: Region,
+    ) -> tuple[Float[Array, "batch active patch"], Region]:
         """Predicts the velocity of some patches, while the others are only attended to.
 
         The masked pass of HybridStitch (arXiv 2603.07815, a reconstruction): a fresh cache gives
@@ -325,24 +356,23 @@ class MMDiT(nnx.Module):
             timestep: likewise.
             context: likewise.
             pooled: likewise.
-            rows: rising, distinct numbers of the patches to predict, row by row; see `patchify`.
-            cache: keys and values from `with_cache` or an earlier masked pass.
+            region: from the method `region` or an earlier masked pass.
 
         Returns:
-            The velocity of these patches, as `patchify` orders their values, and the cache with
+            The velocity of these patches, as `patchify` orders their values, and the region with
             their new keys and values.
 
         Raises:
-            ValueError: a shape that does not fit, also of rows and cache.
+            ValueError: a shape that does not fit, also of the region.
         """
         image, text, conditioning = self._embed(latents, timestep, context, pooled)
-        self._check_cache(image, rows, cache)
-        image = jnp.take_along_axis(image, rows[..., None], axis=1)
+        self._check_region(image, text, region)
+        image = jnp.take_along_axis(image, region.rows[..., None], axis=1)
         updated = []
-        for block, of_block in zip(self.blocks, cache, strict=True):
-            image, text, of_block = block.cached(image, text, conditioning, rows, of_block)
+        for block, of_block in zip(self.blocks, region.cache, strict=True):
+            image, text, of_block = block.cached(image, text, conditioning, of_block)
             updated.append(of_block)
-        return self._predict(image, conditioning), tuple(updated)
+        return self._predict(image, conditioning), Region(region.rows, tuple(updated))
 
     def _embed(self, latents, timestep, context, pooled) -> tuple[Array, Array, Array]:
         """Checks the inputs; returns image tokens, text tokens and the conditioning."""
@@ -355,21 +385,39 @@ class MMDiT(nnx.Module):
         (modulation,) = self.final_modulation(conditioning)
         return self.final_projection(modulate(image, modulation))
 
-    def _check_cache(self, image: Array, rows: Array, cache: Cache) -> None:
-        """Checks that rows and cache are those of the image tokens."""
-        config, (batch, tokens, _) = self.config, image.shape
-        active = rows.shape[1] if rows.ndim == 2 else 0
-        if rows.shape != (batch, active) or not 0 < active <= tokens:
-            raise ValueError(
-                f"rows must have shape ({batch}, 1 to {tokens} patches), got {rows.shape}"
-            )
+    def _check_cache(self, rows: Array, cache: Cache) -> None:
+        """Checks that a cache is one of `with_cache` and that rows are of its patches."""
+        config, found = self.config, [array.shape for array in jax.tree.leaves(cache)]
+        batch, tokens = found[0][:2] if found else (0, 0)
         shape = (batch, tokens, config.num_heads, config.head_dim)
-        found = [array.shape for array in jax.tree.leaves(cache)]
         arrays = 2 * (config.num_layers + len(config.dual_attention_layers))
         if len(cache) != config.num_layers or found != [shape] * arrays:
             raise ValueError(
                 f"the cache must hold {arrays} arrays of shape {shape} in {config.num_layers} "
                 f"blocks, got {len(found)} of shapes {sorted(set(found))} in {len(cache)}"
+            )
+        active = rows.shape[1] if rows.ndim == 2 else 0
+        if rows.shape != (batch, active) or not 0 < active <= tokens:
+            raise ValueError(
+                f"rows must have shape ({batch}, 1 to {tokens} patches), got {rows.shape}"
+            )
+
+    def _check_region(self, image: Array, text: Array, region: Region) -> None:
+        """Checks that a region is of these image and text tokens."""
+        config, (batch, tokens, _) = self.config, image.shape
+        of_heads = (config.num_heads, config.head_dim)
+        joint, second = (batch, tokens + text.shape[1], *of_heads), (batch, tokens, *of_heads)
+        wanted = [
+            [joint] * 2 + [second] * (2 if i in config.dual_attention_layers else 0)
+            for i in range(config.num_layers)
+        ]
+        found = [[array.shape for array in jax.tree.leaves(block)] for block in region.cache]
+        if found != wanted or len(region.rows) != batch:
+            shapes = sorted({shape for block in found for shape in block})
+            raise ValueError(
+                f"the region must be of {batch} x {tokens} patches and {text.shape[1]} text tokens "
+                f"in {config.num_layers} blocks, got rows {region.rows.shape} and arrays of shapes "
+                f"{shapes} in {len(found)} blocks"
             )
 
     def _check(self, latents: Array, timestep: Array, context: Array, pooled: Array) -> None:

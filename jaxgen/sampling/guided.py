@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
-from jaxgen.models.mmdit import Cache, MMDiT
+from jaxgen.models.mmdit import Cache, MMDiT, Region
 from jaxgen.sampling.devices import home_of, meet
 from jaxgen.sampling.flow_matching import timestep_of
 from jaxgen.sampling.guidance import Conditioning
@@ -127,17 +127,17 @@ class Guided:
         halves, cache = self._call(MMDiT.with_cache, latents, sigma)
         return self._guided(halves) + self._skipped(halves, latents, sigma, step), cache
 
+    def region(self, rows: Int32[Array, "batch active"], cache: Cache) -> Region:
+        """Return what masked passes need for some patches; both halves have the same ones."""
+        model = nnx.merge(self.graph, self.weights)
+        return model.region(jnp.concatenate([rows, rows]), cache, self.text.context.shape[1])
+
     def masked(
-        self,
-        latents: Latents,
-        sigma: Float[Array, ""],
-        rows: Int32[Array, "batch active"],
-        cache: Cache,
-    ) -> tuple[Float[Array, "batch active values"], Cache]:
-        """Return the guided velocity of some patches; both halves have the same ones."""
-        both = jnp.concatenate([rows, rows])
-        halves, cache = self._call(MMDiT.masked, latents, sigma, both, cache)
-        return self._guided(halves), cache
+        self, latents: Latents, sigma: Float[Array, ""], region: Region
+    ) -> tuple[Float[Array, "batch active values"], Region]:
+        """Return the guided velocity of a region's patches."""
+        halves, region = self._call(MMDiT.masked, latents, sigma, region)
+        return self._guided(halves), region
 
     def _call(self, method: Callable[..., Any], latents: Latents, sigma: Array, *rest: Any) -> Any:
         model = nnx.merge(self.graph, self.weights)

@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from jaxgen.layers import patchify, unpatchify
-from jaxgen.models.mmdit import Cache
+from jaxgen.models.mmdit import Region
 from jaxgen.sampling.devices import bring, home_of
 from jaxgen.sampling.guided import Guided, Latents
 from jaxgen.sampling.regions import active_count, as_mask, highest, patch_scores, place
@@ -32,12 +32,12 @@ class Memory(NamedTuple):
     Attributes:
         rows: Numbers of the patches that it goes on with.
         weight: How much its prediction counts there, or None: wholly.
-        cache: Keys and values of all patches, of both halves of the guidance.
+        region: The same patches, with keys and values of all, for both halves of the guidance.
     """
 
     rows: Int32[Array, "batch active"]
     weight: Float[Array, "batch patches"] | None
-    cache: Cache
+    region: Region
 
 
 @jax.jit
@@ -74,7 +74,8 @@ def remember(
     count = active_count(scores.shape[1], policy.share, policy.multiple)
     rows = highest(scores, count)
     shape = state.latents.shape
-    memory = Memory(rows, _weight(policy, rows, shape, large.patch_size), cache)
+    weight = _weight(policy, rows, shape, large.patch_size)
+    memory = Memory(rows, weight, large.region(rows, cache))
     return state.stepped(velocity, sigmas, i), memory
 
 
@@ -156,8 +157,8 @@ def _masked(
 ) -> tuple[Parts, Memory]:
     """Predict the large model's patches beside remembered keys and values."""
     del by_small
-    parts, cache = large.masked(state.latents, sigma, memory.rows, memory.cache)
-    return parts, memory._replace(cache=cache)
+    parts, region = large.masked(state.latents, sigma, memory.region)
+    return parts, memory._replace(region=region)
 
 
 def _refreshed(
@@ -177,8 +178,9 @@ def _refreshed(
         weight = _weight(policy, rows, state.latents.shape, patch)
     parts = jnp.take_along_axis(patchify(velocity, patch), rows[..., None], axis=1)
     # A cache may be kept in another dtype than the model computes in.
-    cache = jax.tree.map(lambda new, old: new.astype(old.dtype), cache, memory.cache)
-    return parts, Memory(rows, weight, cache)
+    region = large.region(rows, cache)
+    region = jax.tree.map(lambda new, old: new.astype(old.dtype), region, memory.region)
+    return parts, Memory(rows, weight, region)
 
 
 def _joined(

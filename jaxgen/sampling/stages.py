@@ -119,7 +119,9 @@ def stitch(
                     state = follow(models[stage.kind], state, levels, first, last)
                 mask = None
                 if stage.kind == "hybrid":
-                    mask = as_mask(memory.rows, memory.cache[0].joint.key.shape[1])
+                    height, width = state.latents.shape[1:3]
+                    patches = height * width // models["large"].patch_size ** 2
+                    mask = as_mask(memory.rows, patches)
                 if every or last == stage.last:
                     yield Progress(last, stage, state.latents, state.estimate, mask)
         left = {kind for later in stages for kind in _needed(later)}

@@ -249,7 +249,24 @@ def _cached(name):
     return model, inputs, patchify(velocity, config.patch_size), cache
 
 
+_region = nnx.jit(MMDiT.region, static_argnums=3)
 _masked = nnx.jit(MMDiT.masked)
+
+
+def _masked_of(model, inputs, rows, cache):
+    """A masked pass over patches of a cache, and the region before and after it."""
+    before = _region(model, rows, cache, inputs[2].shape[1])
+    found, after = _masked(model, *inputs, before)
+    np.testing.assert_array_equal(after.rows, rows)
+    return found, before, after
+
+
+def _arrays(region):
+    """Joint and second keys and values, with the numbers of the patches in order."""
+    rows = np.asarray(region.rows)
+    tokens = max(12, rows.max() + 1)
+    order = np.array([[*(set(range(tokens)) - set(row)), *row] for row in rows])
+    return order, jax.tree.leaves(region.cache)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -258,12 +275,14 @@ def test_a_masked_pass_with_a_fresh_cache_is_the_full_pass(name):
     plain = patchify(_run(model, *inputs), model.config.patch_size)
     np.testing.assert_allclose(wanted, plain, atol=1e-6)
     rows = jnp.array([[0, 3, 7, 8], [1, 2, 10, 11]], jnp.int32)
-    found, updated = _masked(model, *inputs, rows, cache)
+    found, _, after = _masked_of(model, inputs, rows, cache)
     np.testing.assert_allclose(
         found, jnp.take_along_axis(wanted, rows[..., None], axis=1), atol=1e-5
     )
-    for old, new in zip(jax.tree.leaves(cache), jax.tree.leaves(updated), strict=True):
-        np.testing.assert_allclose(old, new, atol=1e-5)
+    order, arrays = _arrays(after)
+    for old, new in zip(jax.tree.leaves(cache), arrays, strict=True):
+        old = np.take_along_axis(np.asarray(old), order[..., None, None], axis=1)
+        np.testing.assert_allclose(old, new[:, : old.shape[1]], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -273,25 +292,27 @@ def test_a_full_mask_needs_no_cache_and_an_old_one_matters_otherwise(name):
     other = (latents + 1.0, 0.5 * timestep, *text)
     everything = jnp.tile(jnp.arange(wanted.shape[1], dtype=jnp.int32), (len(wanted), 1))
     moved = patchify(_run(model, *other), model.config.patch_size)
-    found, fresh = _masked(model, *other, everything, cache)
+    found, _, fresh = _masked_of(model, other, everything, cache)
     np.testing.assert_allclose(found, moved, atol=1e-5)
     _, full = nnx.jit(MMDiT.with_cache)(model, *other)
-    for one, two in zip(jax.tree.leaves(fresh), jax.tree.leaves(full), strict=True):
-        np.testing.assert_allclose(one, two, atol=1e-5)
-    part, updated = _masked(model, *other, everything[:, 2:6], cache)
+    for one, two in zip(jax.tree.leaves(fresh.cache), jax.tree.leaves(full), strict=True):
+        np.testing.assert_allclose(one[:, :12], two, atol=1e-5)
+    part, before, after = _masked_of(model, other, everything[:, 2:6], cache)
     assert jnp.abs(part - moved[:, 2:6]).max() > 1e-3
-    for old, new in zip(jax.tree.leaves(cache), jax.tree.leaves(updated), strict=True):
-        np.testing.assert_array_equal(old[:, [0, 1, *range(6, 12)]], new[:, [0, 1, *range(6, 12)]])
-        assert jnp.abs(old[:, 2:6] - new[:, 2:6]).max() > 1e-3
+    leaves = (jax.tree.leaves(tree) for tree in (cache, before.cache, after.cache))
+    for old, packed, new in zip(*leaves, strict=True):
+        np.testing.assert_array_equal(old[:, [0, 1, *range(6, 12)]], new[:, :8])
+        np.testing.assert_array_equal(packed[:, 8:], jnp.zeros_like(new[:, 8:]))
+        assert jnp.abs(old[:, 2:6] - new[:, 8:12]).max() > 1e-3
 
 
 def test_a_masked_pass_of_two_is_two_of_one():
     model, inputs, _, cache = _cached("dual")
     rows = jnp.array([[0, 3, 7], [1, 2, 10]], jnp.int32)
-    both, _ = _masked(model, *inputs, rows, cache)
+    both, *_ = _masked_of(model, inputs, rows, cache)
     for i in range(2):
-        one = jax.tree.map(lambda array, i=i: array[i : i + 1], (*inputs, rows, cache))
-        np.testing.assert_allclose(_masked(model, *one)[0], both[i : i + 1], atol=1e-5)
+        one = jax.tree.map(lambda array, i=i: array[i : i + 1], (inputs, rows, cache))
+        np.testing.assert_allclose(_masked_of(model, *one)[0], both[i : i + 1], atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -304,13 +325,32 @@ def test_a_masked_pass_of_two_is_two_of_one():
         (None, lambda cache: cache[1:], r"must hold 4 arrays of shape \(2, 12, .* in 1$"),
         (
             None,
-            lambda cache: jax.tree.map(lambda array: array[:, 1:], cache),
-            r"must hold 4 arrays of shape \(2, 12, 2, 8\) .*, got 4 of shapes \[\(2, 11, 2, 8\)\]",
+            lambda cache: (cache[0], jax.tree.map(lambda array: array[:, 1:], cache[1])),
+            r"must hold 4 arrays of shape \(2, 12, 2, 8\) .*, got 4 of .*\(2, 11, 2, 8\), \(2, 12,",
         ),
     ],
 )
 def test_wrong_rows_and_caches_are_refused(rows, change, message):
-    model, inputs, _, cache = _cached("plain")
+    model, _, _, cache = _cached("plain")
     rows = np.array([[0, 1], [2, 3]]) if rows is None else rows
     with pytest.raises(ValueError, match=message):
-        model.masked(*inputs, jnp.asarray(rows, jnp.int32), change(cache) if change else cache)
+        model.region(jnp.asarray(rows, jnp.int32), change(cache) if change else cache, 5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda region: region._replace(cache=region.cache[1:]), r"2 blocks, got .* in 1 blocks"),
+        (lambda region: region._replace(rows=region.rows[1:]), r"got rows \(1, 2\)"),
+        (
+            lambda region: jax.tree.map(lambda array: array[:, :-1], region),
+            r"2 x 12 patches and \d+ text tokens in 2 blocks, got rows \(2, 1\)",
+        ),
+    ],
+)
+def test_regions_of_other_inputs_are_refused(change, message):
+    model, inputs, _, cache = _cached("plain")
+    rows = jnp.array([[0, 1], [2, 3]], jnp.int32)
+    region = model.region(rows, cache, inputs[2].shape[1])
+    with pytest.raises(ValueError, match=message):
+        model.masked(*inputs, change(region))

@@ -126,7 +126,7 @@ def test_the_memory_is_used_up_by_a_hybrid_stage_on_two_devices():
     large, small = (on(model, place) for model, place in zip(pair(), (SECOND, THIRD), strict=True))
     state = on(State.start(noise()), SECOND)
     state, memory = hybrid.remember(large, None, state, SIGMAS, 1, None, policy=policy)
-    given = jax.tree.leaves(memory.cache)
+    given = jax.tree.leaves(memory.region)
     hybrid.mix_apart(large, small, state, memory, SIGMAS, 2, 4, 2, policy=policy)
     assert all(leaf.is_deleted() for leaf in given)
 

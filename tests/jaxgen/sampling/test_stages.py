@@ -87,6 +87,7 @@ def halves(model, latents, sigma, scale):
 
 _halves = nnx.jit(halves)
 _call, _with_cache, _masked = map(nnx.jit, (MMDiT.__call__, MMDiT.with_cache, MMDiT.masked))
+_region = nnx.jit(MMDiT.region, static_argnums=3)
 
 
 def by_switch(order, switch):
@@ -133,7 +134,7 @@ def hybrid_by_hand(policy, start, end, scores=None):
     both = jax.tree.map(lambda *x: jnp.concatenate(x), *texts)
     combine = lambda pair, scale: pair[2:] + scale * (pair[:2] - pair[2:])
     latents, velocity, estimate = noise(), 0.0, 0.0
-    rows = cache = None
+    rows = region = None
     for i in range(STEPS):
         sigma = SIGMAS[i]
         inputs = (
@@ -147,8 +148,6 @@ def hybrid_by_hand(policy, start, end, scores=None):
         if i >= start:
             by_small = combine(_call(small, *inputs), 2.0)
         refreshed = start <= i < end and policy.refresh and (i - start + 1) % policy.refresh == 0
-        if i == start - 1 or refreshed:
-            cache = fresh
         if i == start - 1 or (refreshed and policy.update):
             difference = None
             if policy.score == "v_diff":
@@ -163,6 +162,9 @@ def hybrid_by_hand(policy, start, end, scores=None):
             count = -(-round(policy.share * PATCHES * 1000) // 1000)
             order = np.argsort(-np.asarray(values), axis=1, kind="stable")[:, :count]
             rows = jnp.asarray(np.sort(order, axis=1), jnp.int32)
+        if i == start - 1 or refreshed:
+            doubled = jnp.concatenate([rows, rows])
+            region = _region(large, doubled, fresh, both.context.shape[1])
         if i < start:
             velocity = full
         elif i >= end:
@@ -172,8 +174,7 @@ def hybrid_by_hand(policy, start, end, scores=None):
                 parts = patchify(full, 2)
                 parts = jnp.take_along_axis(parts, rows[..., None], axis=1)
             else:
-                doubled = jnp.concatenate([rows, rows])
-                parts, cache = _masked(large, *inputs, doubled, cache)
+                parts, region = _masked(large, *inputs, region)
                 parts = combine(parts, 3.0)
             patches = np.array(patchify(by_small, 2))
             for b in range(2):
