@@ -234,7 +234,8 @@ def describe(method: str, policy: Mapping[str, Any]) -> str:
             return f"SRDiffusion, {'adaptive' if switch is None else f'{switch:.0%} large'}"
         case _:
             bounds = f"{policy['start']:.0%} to {policy['end']:.0%}"
-            return f"HybridStitch, {bounds}, {policy['share']:.0%}, {policy['score']}"
+            text = ", text kept" if policy.get("keep_text") else ""
+            return f"HybridStitch, {bounds}, {policy['share']:.0%}, {policy['score']}{text}"
 
 
 def main() -> None:

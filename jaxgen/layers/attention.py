@@ -153,6 +153,12 @@ class KeyValues(NamedTuple):
 
         return KeyValues(keep(self.key), keep(self.value))
 
+    def joined(self, others: "KeyValues") -> "KeyValues":
+        """Returns these and then others."""
+        return KeyValues(
+            *(jnp.concatenate(pair, axis=1) for pair in zip(self, others, strict=True))
+        )
+
     def ended(self, new: "KeyValues") -> "KeyValues":
         """Returns these with other tokens at the end."""
 
@@ -344,38 +350,46 @@ class JointAttention(nnx.Module):
         Float[Array, "batch image_tokens dim"], Float[Array, "batch text_tokens dim"] | None
     ]:
         """Returns the attention output of both streams, None for text without `text_output`."""
-        image_out, text_out, _ = self.cached(image, text)
+        image_out, text_out, *_ = self.cached(image, text)
         return image_out, text_out
 
     def cached(
         self,
         image: Float[Array, "batch active dim"],
-        text: Float[Array, "batch text_tokens dim"],
+        text: Float[Array, "batch text_tokens dim"] | None,
         cache: KeyValues | None = None,
     ) -> tuple[
-        Float[Array, "batch active dim"], Float[Array, "batch text_tokens dim"] | None, KeyValues
+        Float[Array, "batch active dim"],
+        Float[Array, "batch text_tokens dim"] | None,
+        KeyValues,
+        KeyValues | None,
     ]:
-        """Attends to image tokens of which only some are here; arguments as in `SelfAttention`.
+        """Attends to tokens of which only some are here.
 
-        The cache has room for the text, too.
+        Args:
+            image: all image tokens, or some.
+            text: all text tokens; None if the cache has them.
+            cache: with some, keys and values of all other tokens and room for these.
 
         Returns:
-            The output of both streams, and the keys and values of all image tokens; with a cache
-            those of the text follow.
+            The output of both streams, and keys and values: of the image and of the text, or with
+            a cache of all tokens, those that were given at the end.
         """
         image_query, *image_keys = self.image.split(image)
-        text_query, text_key, text_value = self.text.split(text)
-        join = lambda *parts: jnp.concatenate(parts, axis=1)
-        keys = kept = KeyValues(*map(join, image_keys, (text_key, text_value)))
-        if cache is None:
-            kept = KeyValues(*image_keys)
-        else:
-            keys = kept = cache.ended(keys)
-        # Without a text output nobody would read what the text queries find.
-        text_queries = [] if self.text.output is None else [text_query]
-        query = join(image_query, *text_queries)
-        found = self.attend(query, *keys.astype(query.dtype))
+        of_image = keys = KeyValues(*image_keys)
+        of_text, queries = None, [image_query]
+        if text is not None:
+            text_query, *text_keys = self.text.split(text)
+            of_text = KeyValues(*text_keys)
+            keys = of_image.joined(of_text)
+            # Without a text output nobody would read what the text queries find.
+            queries += [] if self.text.output is None else [text_query]
+        if cache is not None:
+            of_image = keys = cache.ended(keys)
+            of_text = None
+        found = self.attend(jnp.concatenate(queries, axis=1), *keys.astype(image_query.dtype))
         image_heads, text_heads = jnp.split(found, [image.shape[1]], axis=1)
         merged = self.image.merge(image_heads)
         assert merged is not None  # the image stream always has an output projection
-        return merged, self.text.merge(text_heads), kept
+        text_out = None if text is None else self.text.merge(text_heads)
+        return merged, text_out, of_image, of_text

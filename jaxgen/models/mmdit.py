@@ -11,7 +11,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,6 @@ from jaxgen.layers import (
     AttentionName,
     FeedForward,
     JointAttention,
-    KeyValues,
     PatchEmbedding,
     SelfAttention,
     TimestepTextEmbedding,
@@ -41,6 +40,7 @@ from jaxgen.models.fields import (
     set_field,
     set_float_dtypes,
 )
+from jaxgen.models.mmdit_region import BlockCache, Cache, Region, check_region, make_region
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,35 +134,6 @@ _POSITIVE = (
 )
 
 
-class BlockCache(NamedTuple):
-    """Keys and values of image tokens in one block; a pytree.
-
-    Attributes:
-        joint: those of the joint attention.
-        second: those of the second attention of a dual block, otherwise None.
-    """
-
-    joint: KeyValues | None
-    second: KeyValues | None
-
-
-type Cache = tuple[BlockCache, ...]
-"""Of all blocks, all image tokens in their order."""
-
-
-class Region(NamedTuple):
-    """Patches that masked passes predict while the others are only attended to; a pytree.
-
-    Attributes:
-        rows: rising, distinct numbers of these patches, row by row; see `patchify`.
-        cache: keys and values in every block: of the other patches in their order, then of these
-            and, in the joint attention, of the text.
-    """
-
-    rows: Int32[Array, "batch active"]
-    cache: Cache
-
-
 class MMDiTBlock(nnx.Module):
     """One block: joint attention and an MLP for each stream, modulated by the conditioning.
 
@@ -194,34 +165,40 @@ class MMDiTBlock(nnx.Module):
         conditioning: Float[Array, "batch width"],
     ) -> tuple[Float[Array, "batch image_tokens width"], Float[Array, "batch text_tokens width"]]:
         """Returns both streams; the last block returns `text` as it was."""
-        image, text, _ = self.cached(image, text, conditioning)
-        return image, text
+        image, text_out, _ = self.cached(image, text, conditioning)
+        assert text_out is not None  # as text was given
+        return image, text_out
 
     def cached(
         self,
         image: Float[Array, "batch active width"],
-        text: Float[Array, "batch text_tokens width"],
+        text: Float[Array, "batch text_tokens width"] | None,
         conditioning: Float[Array, "batch width"],
         cache: BlockCache | None = None,
     ) -> tuple[
-        Float[Array, "batch active width"], Float[Array, "batch text_tokens width"], BlockCache
+        Float[Array, "batch active width"],
+        Float[Array, "batch text_tokens width"] | None,
+        BlockCache,
     ]:
-        """Runs the block for some of the image tokens, the others being keys in the cache.
+        """Runs the block for some of the tokens, the others being keys in the cache.
 
         Args:
             image: all image tokens, or those of a region.
-            text: all text tokens.
+            text: all text tokens; None if the region keeps them.
             conditioning: time step and pooled text.
-            cache: keys and values of a region's block; None if all image tokens are here.
+            cache: keys and values of a region's block; None if all tokens are here.
 
         Returns:
-            Both streams, and the keys and values of all image tokens or of the region.
+            Both streams, and the keys and values of all tokens or of the region.
         """
-        joint, second = (None, None) if cache is None else cache
+        joint, _, second = cache or (None, None, None)
         image_joint, image_feed, *image_dual = self.image_modulation(conditioning)
-        text_joint, *text_feed = self.text_modulation(conditioning)
-        image_out, text_out, joint = self.attention.cached(
-            modulate(image, image_joint), modulate(text, text_joint), joint
+        text_joint, text_feed, text_in = None, [], None
+        if text is not None:
+            text_joint, *text_feed = self.text_modulation(conditioning)
+            text_in = modulate(text, text_joint)
+        image_out, text_out, of_image, of_text = self.attention.cached(
+            modulate(image, image_joint), text_in, joint
         )
 
         # The second attention reads the tokens as they were before the first one's update.
@@ -233,10 +210,10 @@ class MMDiTBlock(nnx.Module):
             image = add_gated(image, dual_out, image_dual[0])
         image = add_gated(image, self.image_mlp(modulate(image, image_feed)), image_feed)
 
-        if text_out is not None and self.text_mlp is not None:
+        if text is not None and text_joint and text_out is not None and self.text_mlp is not None:
             text = add_gated(text, text_out, text_joint)
             text = add_gated(text, self.text_mlp(modulate(text, text_feed[0])), text_feed[0])
-        return image, text, BlockCache(joint, second)
+        return image, text, BlockCache(of_image, of_text, second)
 
 
 class MMDiT(nnx.Module):
@@ -307,7 +284,7 @@ class MMDiT(nnx.Module):
         context: Float[Array, "batch text_tokens joint_attention_dim"],
         pooled: Float[Array, "batch pooled_projection_dim"],
     ) -> tuple[Float[Array, "batch height width out_channels"], Cache]:
-        """Returns what a call returns, and the keys and values of all image tokens."""
+        """Returns what a call returns, and the keys and values of all tokens."""
         image, text, conditioning = self._embed(latents, timestep, context, pooled)
         cache = []
         for block in self.blocks:
@@ -316,27 +293,29 @@ class MMDiT(nnx.Module):
         patches = self._predict(image, conditioning)
         return unpatchify(patches, self.config.patch_size, *latents.shape[1:3]), tuple(cache)
 
-    def region(self, rows: Int32[Array, "batch active"], cache: Cache, text_tokens: int) -> Region:
+    def region(
+        self, rows: Int32[Array, "batch active"], cache: Cache, *, keep_text: bool = False
+    ) -> Region:
         """Returns what masked passes need to predict some patches.
 
         Args:
             rows: rising, distinct numbers of the patches, row by row; see `patchify`.
             cache: keys and values from `with_cache`.
-            text_tokens: of the context of the masked passes.
+            keep_text: the text's keys and values stay as they are, so that masked passes need not
+                run the text tokens; not in the paper.
 
         Raises:
             ValueError: shapes that do not belong together.
         """
-        self._check_cache(rows, cache)
-        room = rows.shape[1]
-        blocks = [
-            BlockCache(
-                joint and joint.without(rows, room + text_tokens),
-                second and second.without(rows, room),
-            )
-            for joint, second in cache
-        ]
-        return Region(rows, tuple(blocks))
+        config = self.config
+        return make_region(
+            rows,
+            cache,
+            keep_text=keep_text,
+            heads=(config.num_heads, config.head_dim),
+            dual=config.dual_attention_layers,
+            num_layers=config.num_layers,
+        )
 
     def masked(
         self,
@@ -366,13 +345,22 @@ class MMDiT(nnx.Module):
             ValueError: a shape that does not fit, also of the region.
         """
         image, text, conditioning = self._embed(latents, timestep, context, pooled)
-        self._check_region(image, text, region)
+        config = self.config
+        check_region(
+            region,
+            image,
+            text,
+            heads=(config.num_heads, config.head_dim),
+            dual=config.dual_attention_layers,
+            num_layers=config.num_layers,
+        )
         image = jnp.take_along_axis(image, region.rows[..., None], axis=1)
+        running = None if region.keep_text else text
         updated = []
         for block, of_block in zip(self.blocks, region.cache, strict=True):
-            image, text, of_block = block.cached(image, text, conditioning, of_block)
+            image, running, of_block = block.cached(image, running, conditioning, of_block)
             updated.append(of_block)
-        return self._predict(image, conditioning), Region(region.rows, tuple(updated))
+        return self._predict(image, conditioning), dataclasses.replace(region, cache=tuple(updated))
 
     def _embed(self, latents, timestep, context, pooled) -> tuple[Array, Array, Array]:
         """Checks the inputs; returns image tokens, text tokens and the conditioning."""
@@ -384,41 +372,6 @@ class MMDiT(nnx.Module):
         """Returns the velocity of patches."""
         (modulation,) = self.final_modulation(conditioning)
         return self.final_projection(modulate(image, modulation))
-
-    def _check_cache(self, rows: Array, cache: Cache) -> None:
-        """Checks that a cache is one of `with_cache` and that rows are of its patches."""
-        config, found = self.config, [array.shape for array in jax.tree.leaves(cache)]
-        batch, tokens = found[0][:2] if found else (0, 0)
-        shape = (batch, tokens, config.num_heads, config.head_dim)
-        arrays = 2 * (config.num_layers + len(config.dual_attention_layers))
-        if len(cache) != config.num_layers or found != [shape] * arrays:
-            raise ValueError(
-                f"the cache must hold {arrays} arrays of shape {shape} in {config.num_layers} "
-                f"blocks, got {len(found)} of shapes {sorted(set(found))} in {len(cache)}"
-            )
-        active = rows.shape[1] if rows.ndim == 2 else 0
-        if rows.shape != (batch, active) or not 0 < active <= tokens:
-            raise ValueError(
-                f"rows must have shape ({batch}, 1 to {tokens} patches), got {rows.shape}"
-            )
-
-    def _check_region(self, image: Array, text: Array, region: Region) -> None:
-        """Checks that a region is of these image and text tokens."""
-        config, (batch, tokens, _) = self.config, image.shape
-        of_heads = (config.num_heads, config.head_dim)
-        joint, second = (batch, tokens + text.shape[1], *of_heads), (batch, tokens, *of_heads)
-        wanted = [
-            [joint] * 2 + [second] * (2 if i in config.dual_attention_layers else 0)
-            for i in range(config.num_layers)
-        ]
-        found = [[array.shape for array in jax.tree.leaves(block)] for block in region.cache]
-        if found != wanted or len(region.rows) != batch:
-            shapes = sorted({shape for block in found for shape in block})
-            raise ValueError(
-                f"the region must be of {batch} x {tokens} patches and {text.shape[1]} text tokens "
-                f"in {config.num_layers} blocks, got rows {region.rows.shape} and arrays of shapes "
-                f"{shapes} in {len(found)} blocks"
-            )
 
     def _check(self, latents: Array, timestep: Array, context: Array, pooled: Array) -> None:
         """Checks what `PatchEmbedding` does not: ranks, text sizes and the common batch."""

@@ -4,7 +4,12 @@ from jaxgen.models.mmdit import MMDiTConfig
 
 
 def mmdit_operations(
-    config: MMDiTConfig, patches: int, text_tokens: int, active: int | None = None
+    config: MMDiTConfig,
+    patches: int,
+    text_tokens: int,
+    active: int | None = None,
+    *,
+    keep_text: bool = False,
 ) -> int:
     """Return the multiplications and additions of one pass for one picture.
 
@@ -15,13 +20,15 @@ def mmdit_operations(
         patches: Of the picture.
         text_tokens: In its context.
         active: Patches that a masked pass predicts; all if None.
+        keep_text: The pass does not run the text tokens, it remembers their keys and values.
     """
     active = patches if active is None else active
     width, depth, dual = config.width, config.num_layers, len(config.dual_attention_layers)
-    queries = active + text_tokens
+    running = 0 if keep_text else text_tokens
+    queries = active + running
     # Query, key, value and output, and an MLP four times as wide; the last block's text has
     # neither output projection nor MLP.
-    linear = 2 * 12 * width**2 * depth * queries - 2 * 9 * width**2 * text_tokens
+    linear = 2 * 12 * width**2 * depth * queries - 2 * 9 * width**2 * running
     joint = 4 * queries * (patches + text_tokens) * width * depth
     second = dual * (2 * 4 * width**2 * active + 4 * active * patches * width)
     return linear + joint + second

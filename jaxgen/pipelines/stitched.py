@@ -200,7 +200,8 @@ def stitched_cost(
     masked = 0.0
     if isinstance(policy, HybridStitch):
         active = active_count(patches[0], policy.share, policy.multiple)
-        masked = mmdit_operations(large, patches[0], text_tokens, active) / whole
+        part = mmdit_operations(large, patches[0], text_tokens, active, keep_text=policy.keep_text)
+        masked = part / whole
     other = mmdit_operations(small, patches[1], text_tokens) / whole
     return relative_cost(policy, steps, other, masked)
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
-from jaxgen.models.mmdit import Cache, MMDiT, Region
+from jaxgen.models.mmdit import MMDiT
+from jaxgen.models.mmdit_region import Cache, Region
 from jaxgen.sampling.devices import home_of, meet
 from jaxgen.sampling.flow_matching import timestep_of
 from jaxgen.sampling.guidance import Conditioning
@@ -127,10 +128,12 @@ class Guided:
         halves, cache = self._call(MMDiT.with_cache, latents, sigma)
         return self._guided(halves) + self._skipped(halves, latents, sigma, step), cache
 
-    def region(self, rows: Int32[Array, "batch active"], cache: Cache) -> Region:
+    def region(
+        self, rows: Int32[Array, "batch active"], cache: Cache, *, keep_text: bool = False
+    ) -> Region:
         """Return what masked passes need for some patches; both halves have the same ones."""
         model = nnx.merge(self.graph, self.weights)
-        return model.region(jnp.concatenate([rows, rows]), cache, self.text.context.shape[1])
+        return model.region(jnp.concatenate([rows, rows]), cache, keep_text=keep_text)
 
     def masked(
         self, latents: Latents, sigma: Float[Array, ""], region: Region

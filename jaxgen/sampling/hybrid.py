@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from jaxgen.layers import patchify, unpatchify
-from jaxgen.models.mmdit import Region
+from jaxgen.models.mmdit_region import Region
 from jaxgen.sampling.devices import bring, home_of
 from jaxgen.sampling.guided import Guided, Latents
 from jaxgen.sampling.regions import active_count, as_mask, highest, patch_scores, place
@@ -75,7 +75,7 @@ def remember(
     rows = highest(scores, count)
     shape = state.latents.shape
     weight = _weight(policy, rows, shape, large.patch_size)
-    memory = Memory(rows, weight, large.region(rows, cache))
+    memory = Memory(rows, weight, large.region(rows, cache, keep_text=policy.keep_text))
     return state.stepped(velocity, sigmas, i), memory
 
 
@@ -178,7 +178,7 @@ def _refreshed(
         weight = _weight(policy, rows, state.latents.shape, patch)
     parts = jnp.take_along_axis(patchify(velocity, patch), rows[..., None], axis=1)
     # A cache may be kept in another dtype than the model computes in.
-    region = large.region(rows, cache)
+    region = large.region(rows, cache, keep_text=policy.keep_text)
     region = jax.tree.map(lambda new, old: new.astype(old.dtype), region, memory.region)
     return parts, Memory(rows, weight, region)
 

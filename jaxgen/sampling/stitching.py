@@ -135,6 +135,8 @@ class HybridStitch:
         refresh: After so many hybrid steps the large model runs on all patches once, which renews
             what it remembers; 0: never.
         update: Choose the patches anew at every refresh.
+        keep_text: The large model remembers the text's keys and values, too, instead of running its
+            tokens at every hybrid step; not in the paper.
         blend: Width, in patches, over which regions fade into their surroundings; 0: they end.
     """
 
@@ -146,6 +148,7 @@ class HybridStitch:
     opening: int = 0
     refresh: int = 0
     update: bool = False
+    keep_text: bool = False
     blend: int = 0
 
     def __post_init__(self):

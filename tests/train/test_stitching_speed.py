@@ -61,7 +61,13 @@ def test_measures_every_sampler_and_writes_after_each(tmp_path, monkeypatch, cap
         ),
     )
     # No other test has as many tokens, so all is compiled here.
-    speed = Speed(**{**TINY, "text_tokens": 6}, batch=2, splits=((0.3, 0.5),), output=output)
+    speed = Speed(
+        **{**TINY, "text_tokens": 6},
+        batch=2,
+        splits=((0.3, 0.5),),
+        keep_text=(False,),
+        output=output,
+    )
     records = carry_out(speed)
     assert written == [1, 2, 3, 4, 5, 6]
     lines = capsys.readouterr().err.splitlines()
@@ -102,6 +108,7 @@ def test_measures_every_sampler_and_writes_after_each(tmp_path, monkeypatch, cap
         "output": output,
         "splits": splits,
         "policies": tuple(settings["policies"]),
+        "keep_text": tuple(settings["keep_text"]),
     }
     assert Speed(**again) == speed
 
@@ -150,9 +157,12 @@ def test_the_default_is_the_example_of_the_specification():
     )
     ratios = [round(1 / cost_of(speed, policy), 2) for policy in speed.samplers()[:5]]
     assert ratios == [1.0, 3.5, 1.4, 1.56, 1.82]
-    further = [1 / cost_of(speed, policy) for policy in speed.samplers()[5:]]
-    assert further == sorted(further)
-    assert further[0] > 1.83
+    hybrid = speed.samplers()[4:]
+    assert [policy.keep_text for policy in hybrid] == [False] * 6 + [True] * 6
+    costs = [[1 / cost_of(speed, policy) for policy in part] for part in (hybrid[:6], hybrid[6:])]
+    assert costs == [sorted(part) for part in costs]
+    assert all(less < more for less, more in zip(*costs, strict=True))
+    assert min(costs[0][1], costs[1][0]) > 1.83
 
 
 def test_layers_shorten_both_models():
@@ -221,7 +231,7 @@ def test_the_small_model_may_be_on_another_device(monkeypatch):
         return stitch(large, small, *rest)
 
     monkeypatch.setattr(stitching_speed, "stitch", watched)
-    speed = Speed(**TINY, policies=policies, splits=(), small_device=1)
+    speed = Speed(**TINY, policies=policies, splits=(), keep_text=(False,), small_device=1)
     assert [record["method"] for record in measure(speed)] == ["alone", "T-Stitch", "HybridStitch"]
     first, second = ({device} for device in jax.devices()[:2])
     assert [first, second] in weights

@@ -82,9 +82,13 @@ class Speed:
     """Pictures, or batches of them, of which the median counts."""
     policies: tuple[str, ...] = POLICIES
     """Samplers: large, small, t-stitch, srdiffusion, hybridstitch."""
-    splits: tuple[tuple[float, float], ...] = ((0.2, 0.5), (0.18, 0.48), (0.16, 0.46), (0.14, 0.44))
+    splits: tuple[tuple[float, float], ...] = tuple(
+        (start / 100, (start + 30) / 100) for start in (20, 18, 16, 14, 12)
+    )
     """Where the hybrid stage starts and ends, as shares of the steps. HybridStitch is measured with
     its default first, then with each of these."""
+    keep_text: tuple[bool, ...] = (False, True)
+    """Whether the large model remembers the text in hybrid steps; each is measured."""
     target: float = 1.83
     """Speed-up for which a split is looked for."""
     small_device: int = 0
@@ -161,12 +165,16 @@ class Speed:
 
     def samplers(self) -> tuple[Policy, ...]:
         """Return what is measured; the large model alone comes first."""
+        default = HybridStitch()
+        splits = (default.start, default.end), *self.splits
         kinds: dict[str, tuple[Policy, ...]] = {
             "large": (Alone(),),
             "small": (Alone("small"),),
             "t-stitch": (TStitch(),),
             "srdiffusion": (SRDiffusion(0.5),),
-            "hybridstitch": (HybridStitch(), *(HybridStitch(*split) for split in self.splits)),
+            "hybridstitch": tuple(
+                HybridStitch(*split, keep_text=kept) for kept in self.keep_text for split in splits
+            ),
         }
         return tuple(policy for kind in POLICIES if kind in self.policies for policy in kinds[kind])
 

@@ -249,61 +249,83 @@ def _cached(name):
     return model, inputs, patchify(velocity, config.patch_size), cache
 
 
-_region = nnx.jit(MMDiT.region, static_argnums=3)
+_region = nnx.jit(MMDiT.region, static_argnames="keep_text")
 _masked = nnx.jit(MMDiT.masked)
 
 
-def _masked_of(model, inputs, rows, cache):
+def _masked_of(model, inputs, rows, cache, keep_text=False):
     """A masked pass over patches of a cache, and the region before and after it."""
-    before = _region(model, rows, cache, inputs[2].shape[1])
+    before = _region(model, rows, cache, keep_text=keep_text)
     found, after = _masked(model, *inputs, before)
     np.testing.assert_array_equal(after.rows, rows)
     return found, before, after
 
 
-def _arrays(region):
-    """Joint and second keys and values, with the numbers of the patches in order."""
-    rows = np.asarray(region.rows)
-    tokens = max(12, rows.max() + 1)
-    order = np.array([[*(set(range(tokens)) - set(row)), *row] for row in rows])
-    return order, jax.tree.leaves(region.cache)
+def _ordered(region, text_tokens):
+    """Keys and values of the image in every block of a region, patches in their order."""
+    rows, tokens = np.asarray(region.rows), 12
+    order = np.argsort([[*(set(range(tokens)) - set(row)), *row] for row in rows.tolist()])
+    first = text_tokens if region.keep_text else 0
+    joint = [x[:, first : first + tokens] for block in region.cache for x in block.image]
+    second = [x for block in region.cache if block.second for x in block.second]
+    take = lambda x: np.take_along_axis(np.asarray(x), order[..., None, None], axis=1)
+    return [take(x) for x in joint + second]
 
 
+def _image(cache):
+    """The same of a cache."""
+    second = [x for block in cache if block.second for x in block.second]
+    return [x for block in cache for x in block.image] + second
+
+
+@pytest.mark.parametrize("keep_text", [False, True])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_masked_pass_with_a_fresh_cache_is_the_full_pass(name):
+def test_a_masked_pass_with_a_fresh_cache_is_the_full_pass(name, keep_text):
     model, inputs, wanted, cache = _cached(name)
     plain = patchify(_run(model, *inputs), model.config.patch_size)
     np.testing.assert_allclose(wanted, plain, atol=1e-6)
     rows = jnp.array([[0, 3, 7, 8], [1, 2, 10, 11]], jnp.int32)
-    found, _, after = _masked_of(model, inputs, rows, cache)
+    found, _, after = _masked_of(model, inputs, rows, cache, keep_text)
     np.testing.assert_allclose(
         found, jnp.take_along_axis(wanted, rows[..., None], axis=1), atol=1e-5
     )
-    order, arrays = _arrays(after)
-    for old, new in zip(jax.tree.leaves(cache), arrays, strict=True):
-        old = np.take_along_axis(np.asarray(old), order[..., None, None], axis=1)
-        np.testing.assert_allclose(old, new[:, : old.shape[1]], atol=1e-5)
+    for old, new in zip(_image(cache), _ordered(after, inputs[2].shape[1]), strict=True):
+        np.testing.assert_allclose(old, new, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_full_mask_needs_no_cache_and_an_old_one_matters_otherwise(name):
     model, inputs, wanted, cache = _cached(name)
     latents, timestep, *text = inputs
-    other = (latents + 1.0, 0.5 * timestep, *text)
+    other, tokens = (latents + 1.0, 0.5 * timestep, *text), inputs[2].shape[1]
     everything = jnp.tile(jnp.arange(wanted.shape[1], dtype=jnp.int32), (len(wanted), 1))
     moved = patchify(_run(model, *other), model.config.patch_size)
     found, _, fresh = _masked_of(model, other, everything, cache)
     np.testing.assert_allclose(found, moved, atol=1e-5)
     _, full = nnx.jit(MMDiT.with_cache)(model, *other)
-    for one, two in zip(jax.tree.leaves(fresh.cache), jax.tree.leaves(full), strict=True):
-        np.testing.assert_allclose(one[:, :12], two, atol=1e-5)
-    part, before, after = _masked_of(model, other, everything[:, 2:6], cache)
+    for one, two in zip(_ordered(fresh, tokens), _image(full), strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-5)
+    part, _, after = _masked_of(model, other, everything[:, 2:6], cache)
     assert jnp.abs(part - moved[:, 2:6]).max() > 1e-3
-    leaves = (jax.tree.leaves(tree) for tree in (cache, before.cache, after.cache))
-    for old, packed, new in zip(*leaves, strict=True):
-        np.testing.assert_array_equal(old[:, [0, 1, *range(6, 12)]], new[:, :8])
-        np.testing.assert_array_equal(packed[:, 8:], jnp.zeros_like(new[:, 8:]))
-        assert jnp.abs(old[:, 2:6] - new[:, 8:12]).max() > 1e-3
+    others = [0, 1, *range(6, 12)]
+    for old, new in zip(_image(cache), _ordered(after, tokens), strict=True):
+        np.testing.assert_array_equal(old[:, others], new[:, others])
+        assert jnp.abs(old[:, 2:6] - new[:, 2:6]).max() > 1e-3
+
+
+def test_a_region_may_keep_the_text():
+    model, inputs, _, cache = _cached("qk_norm")
+    latents, timestep, *text = inputs
+    other = (latents, 0.5 * timestep, *text)
+    rows = jnp.array([[0, 3], [1, 2]], jnp.int32)
+    fresh, *_ = _masked_of(model, other, rows, cache)
+    kept, before, after = _masked_of(model, other, rows, cache, keep_text=True)
+    assert 1e-4 < jnp.abs(fresh - kept).max() < jnp.abs(fresh).max()
+    tokens = text[0].shape[1]
+    for of_block, *found in zip(cache, before.cache, after.cache, strict=True):
+        for region in found:
+            np.testing.assert_array_equal(of_block.text.key, region.image.key[:, :tokens])
+            np.testing.assert_array_equal(of_block.text.value, region.image.value[:, :tokens])
 
 
 def test_a_masked_pass_of_two_is_two_of_one():
@@ -322,26 +344,36 @@ def test_a_masked_pass_of_two_is_two_of_one():
         (np.zeros((1, 3)), None, r"rows must have shape \(2, 1 to 12 patches\), got \(1, 3\)"),
         (np.zeros((2, 13)), None, r"rows must have shape .*, got \(2, 13\)"),
         (np.zeros(4), None, r"rows must have shape .*, got \(4,\)"),
-        (None, lambda cache: cache[1:], r"must hold 4 arrays of shape \(2, 12, .* in 1$"),
+        (None, lambda cache: cache[1:], r"2 heads of 8 in 2 blocks, got arrays .* in 1 blocks"),
+        (None, lambda cache: (), r"2 heads of 8 in 2 blocks, got arrays of shapes \[\] in 0"),
         (
             None,
             lambda cache: (cache[0], jax.tree.map(lambda array: array[:, 1:], cache[1])),
-            r"must hold 4 arrays of shape \(2, 12, 2, 8\) .*, got 4 of .*\(2, 11, 2, 8\), \(2, 12,",
+            r"must be that of a pass over everything, .*\(2, 11, 2, 8\), \(2, 12, 2, 8\)",
         ),
+        (
+            None,
+            lambda cache: tuple(block._replace(text=None) for block in cache),
+            r"must be that of a pass over everything",
+        ),
+        (None, lambda cache: jax.tree.map(lambda x: x[..., 1:], cache), "2 heads of 8"),
     ],
 )
 def test_wrong_rows_and_caches_are_refused(rows, change, message):
     model, _, _, cache = _cached("plain")
     rows = np.array([[0, 1], [2, 3]]) if rows is None else rows
     with pytest.raises(ValueError, match=message):
-        model.region(jnp.asarray(rows, jnp.int32), change(cache) if change else cache, 5)
+        model.region(jnp.asarray(rows, jnp.int32), change(cache) if change else cache)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda region: region._replace(cache=region.cache[1:]), r"2 blocks, got .* in 1 blocks"),
-        (lambda region: region._replace(rows=region.rows[1:]), r"got rows \(1, 2\)"),
+        (
+            lambda region: dataclasses.replace(region, cache=region.cache[1:]),
+            r"2 blocks, got .* in 1 blocks",
+        ),
+        (lambda region: dataclasses.replace(region, rows=region.rows[1:]), r"got rows \(1, 2\)"),
         (
             lambda region: jax.tree.map(lambda array: array[:, :-1], region),
             r"2 x 12 patches and \d+ text tokens in 2 blocks, got rows \(2, 1\)",
@@ -351,6 +383,6 @@ def test_wrong_rows_and_caches_are_refused(rows, change, message):
 def test_regions_of_other_inputs_are_refused(change, message):
     model, inputs, _, cache = _cached("plain")
     rows = jnp.array([[0, 1], [2, 3]], jnp.int32)
-    region = model.region(rows, cache, inputs[2].shape[1])
+    region = model.region(rows, cache)
     with pytest.raises(ValueError, match=message):
         model.masked(*inputs, change(region))

@@ -26,6 +26,13 @@ def test_a_masked_pass_as_a_share_of_a_whole_one(share, cost):
     assert masked / mmdit_operations(config, 4096, 333) == pytest.approx(cost, abs=1e-3)
 
 
+@pytest.mark.parametrize(("share", "cost"), [(0.1, 0.092), (0.3, 0.278), (0.5, 0.463)])
+def test_a_masked_pass_that_remembers_the_text(share, cost):
+    config = MMDIT_PRESETS["sd3.5-large"]
+    masked = mmdit_operations(config, 4096, 333, round(share * 4096), keep_text=True)
+    assert masked / mmdit_operations(config, 4096, 333) == pytest.approx(cost, abs=1e-3)
+
+
 def test_all_active_is_a_whole_pass():
     config = MMDIT_PRESETS["sd3.5-medium"]
     assert mmdit_operations(config, 64, 16, 64) == mmdit_operations(config, 64, 16)

@@ -87,7 +87,7 @@ def halves(model, latents, sigma, scale):
 
 _halves = nnx.jit(halves)
 _call, _with_cache, _masked = map(nnx.jit, (MMDiT.__call__, MMDiT.with_cache, MMDiT.masked))
-_region = nnx.jit(MMDiT.region, static_argnums=3)
+_region = nnx.jit(MMDiT.region, static_argnames="keep_text")
 
 
 def by_switch(order, switch):
@@ -164,7 +164,7 @@ def hybrid_by_hand(policy, start, end, scores=None):
             rows = jnp.asarray(np.sort(order, axis=1), jnp.int32)
         if i == start - 1 or refreshed:
             doubled = jnp.concatenate([rows, rows])
-            region = _region(large, doubled, fresh, both.context.shape[1])
+            region = _region(large, doubled, fresh, keep_text=policy.keep_text)
         if i < start:
             velocity = full
         elif i >= end:
@@ -196,6 +196,8 @@ def hybrid_by_hand(policy, start, end, scores=None):
         HybridStitch(2, 7, refresh=2, update=True),
         HybridStitch(2, 7, refresh=3, update=True, score="v_diff"),
         HybridStitch(2, 6, refresh=1, update=True, score="model_diff"),
+        HybridStitch(2, 6, keep_text=True),
+        HybridStitch(2, 8, refresh=2, update=True, keep_text=True),
     ],
     ids=str,
 )

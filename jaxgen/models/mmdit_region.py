@@ -1,0 +1,135 @@
+"""What the MMDiT remembers for passes that predict some patches only: keys and values of the rest.
+
+The masked pass of HybridStitch (arXiv 2603.07815), a reconstruction. Attention does not notice the
+order of keys, so those that stay come first: a pass writes new ones at the end in place, and
+nothing is put together from parts.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import jax
+from jaxtyping import Array, Int32
+
+from jaxgen.layers import KeyValues
+
+
+class BlockCache(NamedTuple):
+    """Keys and values of tokens in one block; a pytree.
+
+    Attributes:
+        image: those of the image in the joint attention; in a `Region` of all tokens there.
+        text: those of the text; None in a `Region`.
+        second: those of the image in the second attention of a dual block, otherwise None.
+    """
+
+    image: KeyValues
+    text: KeyValues | None
+    second: KeyValues | None
+
+
+type Cache = tuple[BlockCache, ...]
+"""Of all blocks, tokens in their order."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Region:
+    """Patches that masked passes predict while the others are only attended to; a pytree.
+
+    Attributes:
+        rows: rising, distinct numbers of these patches, row by row; see `patchify`.
+        cache: keys and values in every block: of what stays, the other patches in their order, then
+            of what is new, these patches and the text.
+        keep_text: the text stays, too, and comes first.
+    """
+
+    rows: Int32[Array, "batch active"]
+    cache: Cache
+    keep_text: bool = field(default=False, metadata={"static": True})
+
+
+def make_region(
+    rows: Int32[Array, "batch active"],
+    cache: Cache,
+    *,
+    keep_text: bool,
+    heads: tuple[int, int],
+    dual: Iterable[int],
+    num_layers: int,
+) -> Region:
+    """Returns the region of some patches, with room for what is new.
+
+    Args:
+        rows: rising, distinct numbers of the patches, row by row.
+        cache: of a pass over everything.
+        keep_text: the text stays.
+        heads: number and size of heads.
+        dual: numbers of the blocks with a second attention.
+        num_layers: number of blocks.
+
+    Raises:
+        ValueError: shapes that do not belong together.
+    """
+    found = _shapes(cache)
+    sizes = (found[0][0][:2], found[0][2][:2]) if found and len(found[0]) > 3 else ((0, 0), (0, 0))
+    image, text = ((*size, *heads) for size in sizes)
+    wanted = _wanted([image] * 2 + [text] * 2, image, dual, num_layers)
+    if found != wanted or not image[1]:
+        raise ValueError(
+            f"the cache must be that of a pass over everything, with keys and values of image and "
+            f"text in {heads[0]} heads of {heads[1]} in {num_layers} blocks, "
+            f"got {_described(found)}"
+        )
+    batch, tokens = image[:2]
+    active = rows.shape[1] if rows.ndim == 2 else 0
+    if rows.shape != (batch, active) or not 0 < active <= tokens:
+        raise ValueError(f"rows must have shape ({batch}, 1 to {tokens} patches), got {rows.shape}")
+    blocks = []
+    for of_image, of_text, second in cache:
+        assert of_text is not None  # its arrays were found
+        if keep_text:
+            joint = of_text.joined(of_image.without(rows, active))
+        else:
+            joint = of_image.without(rows, active + text[1])
+        blocks.append(BlockCache(joint, None, second and second.without(rows, active)))
+    return Region(rows, tuple(blocks), keep_text)
+
+
+def check_region(
+    region: Region,
+    image: Array,
+    text: Array,
+    *,
+    heads: tuple[int, int],
+    dual: Iterable[int],
+    num_layers: int,
+) -> None:
+    """Checks that a region is of these image and text tokens.
+
+    Raises:
+        ValueError: it is not.
+    """
+    batch, tokens = image.shape[:2]
+    joint = (batch, tokens + text.shape[1], *heads)
+    wanted = _wanted([joint] * 2, (batch, tokens, *heads), dual, num_layers)
+    found = _shapes(region.cache)
+    if found != wanted or len(region.rows) != batch:
+        raise ValueError(
+            f"the region must be of {batch} x {tokens} patches and {text.shape[1]} text tokens in "
+            f"{num_layers} blocks, got rows {region.rows.shape} and {_described(found)}"
+        )
+
+
+def _wanted(joint, second, dual, num_layers) -> list[list[tuple[int, ...]]]:
+    return [joint + [second] * (2 if i in dual else 0) for i in range(num_layers)]
+
+
+def _shapes(cache: Cache) -> list[list[tuple[int, ...]]]:
+    return [[array.shape for array in jax.tree.leaves(block)] for block in cache]
+
+
+def _described(found: list[list[tuple[int, ...]]]) -> str:
+    shapes = sorted({shape for block in found for shape in block})
+    return f"arrays of shapes {shapes} in {len(found)} blocks"
