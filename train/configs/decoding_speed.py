@@ -8,7 +8,9 @@ Command    python -m train.configs.decoding_speed --output runs/decoding-speed.j
            python -m train.configs.decoding_speed_torch --output runs/decoding-speed-torch.json
 Hardware   one H100 80 GB, jax 0.11.2; 128 tokens after a prompt of 512, blocks of 64, medians
 Outcome    SDAR-8B, ms a step: batch 1 8.35, with RCD 8.86 (+6.0 %), with its 8-bit table 8.67
-           (+3.8 %); batch 8 19.21, 20.21 (+5.2 %), 20.68 (+7.7 %). LLaDA-8B: not measured yet.
+           (+3.8 %); batch 8 19.21, 20.21 (+5.2 %), 20.68 (+7.7 %). LLaDA-8B without a cache: batch
+           1 18.24, with RCD 18.78 (+3.0 %); batch 8 134, 135 (+0.8 %); with two caches 7.68, 8.07
+           (+5.0 %) and 19.67, 20.45 (+4.0 %). Every record is in results/decoding_speed.json.
 """
 
 import dataclasses

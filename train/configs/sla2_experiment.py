@@ -16,8 +16,8 @@ Hardware   one H100 a run (one run on an H200), jax 0.11.2. Both stages: full at
            --each.per-head-routers: an identity for each head is the identity.
 Outcome    validation loss over full attention: SLA2 +4.0 % with 5 % of the blocks and +6.3 % with
            3 %, SLA +6.0 and +10.3 %, the blocks alone +6.2 and +10.6 %. SLA2 with 10 %: +1.8 %;
-           with 5 % and an untrained router +5.3, a fixed ratio +11.4, no quantization +3.8 % (one seed
-           each). Every run is in results/sla2_experiment.json; --records shows the table again.
+           with 5 % and an untrained router +5.3, a fixed ratio +11.4, no quantization +3.8 % (one
+           seed each). Every run is in results/sla2_experiment.json; --records shows them again.
 """
 
 import dataclasses
