@@ -8,19 +8,20 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxgen.models import MMDiT, MMDiTConfig, TextEncoder, TextEncoderConfig
+from jaxgen.models import MMDIT_PRESETS, MMDiT, MMDiTConfig, TextEncoder, TextEncoderConfig
 from jaxgen.models.attribute_classifier import AttributeClassifier, AttributeClassifierConfig
-from jaxgen.pipelines import StitchedTextToImage, TextToImage
+from jaxgen.pipelines import StitchedTextToImage, TextToImage, stitched_cost
 from jaxgen.sampling import Alone, HybridStitch, SRDiffusion, TStitch
 from jaxgen.text import WordTokenizer
-from train import openmoji, stitching
+from train import openmoji
 from train.scores import (
     AttributeScorer,
     bootstrap_interval,
     peak_signal_to_noise,
     structural_similarity,
 )
-from train.stitching import Config, compare, describe, draw, perceptual_distance, table
+from train.stitching import Config, compare, draw, perceptual_distance
+from train.stitching_report import METHODS, TARGETS, at_equal_cost, describe, plot, table
 
 LARGE = MMDiTConfig(
     sample_size=16, in_channels=3, num_layers=2, num_heads=2, head_dim=8, joint_attention_dim=12,
@@ -102,7 +103,7 @@ def test_every_policy_is_measured_against_the_large_model(pair, scorer, emojis, 
     rows = table(records).splitlines()
     assert len(rows) == 7
     assert any(row.startswith("| HybridStitch, 22% to 52%, 30%, x0_diff |") for row in rows)
-    stitching.plot(records, tmp_path / "plot.png")
+    plot(records, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
     json.dumps(records, allow_nan=False)
 
@@ -126,7 +127,7 @@ def test_costs_count_both_models(pair):
 
 def test_all_settings_differ_and_have_names():
     policies = Config().policies()
-    names = [describe(stitching.METHODS[type(p)], dataclasses.asdict(p)) for p in policies]
+    names = [describe(METHODS[type(p)], dataclasses.asdict(p)) for p in policies]
     assert len(set(names)) == len(names) == len(set(policies))
     assert names[:3] == ["large only", "small only", "T-Stitch, 20% small"]
     assert "SRDiffusion, adaptive" in names
@@ -171,3 +172,50 @@ def test_the_shipped_models_are_the_default():
     root = Path(__file__).parents[2]
     for folder in (Config().large, Config().small, Config().classifier):
         assert (root / folder / "card.json").is_file()
+
+
+def test_methods_are_compared_at_equal_cost():
+    def record(method, policy, cost, even, odd):
+        return {
+            "method": method, "policy": policy, "speed_up": cost - 0.1,
+            "speed_up_in_operations": cost, "distances": [even, odd] * 20,
+        }  # fmt: skip
+
+    hybrid = dataclasses.asdict(HybridStitch())
+    records = [
+        record("alone", {"model": "large"}, 1.0, 0.0, 0.0),
+        record("T-Stitch", {"share": 0.4}, 1.49, 0.5, 0.7),
+        record("T-Stitch", {"share": 0.9}, 3.0, 0.1, 0.1),
+        record("HybridStitch", {**hybrid, "start": 0.3}, 1.5, 0.2, 0.4),
+        record("HybridStitch", {**hybrid, "keep_text": True}, 1.52, 0.1, 0.5),
+    ]
+    rows = at_equal_cost(records).splitlines()[2:]
+    assert rows == [
+        "| 1.49 | T-Stitch, 40% small | 1.39 | 0.700 (0.700 to 0.700) "
+        "| +0.200 (+0.200 to +0.200) |",
+        "| 1.52 | HybridStitch, 22% to 52%, 30%, x0_diff, text kept | 1.42 "
+        "| 0.500 (0.500 to 0.500) |  |",
+    ]
+
+
+def test_every_method_has_policies_of_the_compared_costs():
+    shape = {"large": MMDIT_PRESETS["openmoji-large"], "small": MMDIT_PRESETS["openmoji-small"]}
+    for target in TARGETS:
+        costs = {
+            (type(policy), getattr(policy, "keep_text", False))
+            for policy in Config().policies()
+            for cost in [1 / stitched_cost(policy, 50, **shape, patches=(256, 256), text_tokens=16)]
+            if abs(cost / target - 1) < 0.03
+        }
+        assert {TStitch, SRDiffusion, HybridStitch} <= {method for method, _ in costs}
+        assert (HybridStitch, True) in costs
+
+
+def test_prompts_may_be_empty(pair, scorer, emojis):
+    seen = []
+    config = Config(captions=6, steps=10, batch_size=6, quick=True, prompts="empty")
+    records = compare(pair, scorer, emojis, config, lambda *given: seen.append(given[2]))
+    assert seen == [[""] * 6] * len(records)
+    assert all(record["accuracy"] is None for record in records)
+    assert len(set(records[2]["distances"])) > 1
+    assert " |  | " in table(records)

@@ -47,7 +47,7 @@ from jaxgen.sampling import (
 )
 from jaxgen.sampling.devices import home_of, meet
 from train.configs.random_weights import normal, with_random_weights
-from train.stitching import METHODS, describe
+from train.stitching_report import METHODS, describe
 
 type Record = dict[str, Any]
 
