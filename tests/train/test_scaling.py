@@ -1,0 +1,93 @@
+"""Several devices beside one: some cases on fake CPU devices, the others with made-up times."""
+
+import json
+
+import pytest
+
+from train import scaling_cases
+from train.configs.stitching_speed import Speed
+from train.scaling import measure, save, table
+from train.scaling_cases import Scaling
+
+TINY = {
+    "small_model": "tiny", "small_context": 64, "precision": "float32", "long_context": 256,
+    "heads": 2, "head_dim": 16,
+}  # fmt: skip
+
+
+def test_a_long_sequence_and_a_run_that_changes_its_devices(tmp_path):
+    scaling = Scaling(cases=("context", "resume"), output=tmp_path / "new" / "x.json", **TINY)
+    found = {}
+    for case, records in measure(scaling):
+        found[case] = records
+        save(scaling, found)
+    one, exact, int8 = found["context"]
+    assert one["error"] == 0
+    assert exact["error"] < 1e-5 < 1e-3 < int8["error"] < 0.05
+    (run,) = found["resume"]
+    assert len(run["losses"]) == 18
+    first, second = run["changed_after"]
+    assert 6 <= first < second < 18  # results are read a few steps late
+    assert 0 <= run["difference"] < 1e-4
+    assert run["losses"][-1] < run["losses"][0] - 0.1
+    assert json.loads(scaling.output.read_text())["cases"] == found
+    assert scaling.output.with_suffix(".png").stat().st_size > 5_000
+    assert len(table(found).splitlines()) == 2 + 3 + 1
+
+
+def test_speeds_and_losses_are_compared_with_one_device(monkeypatch):
+    seen = []
+
+    def train(config, on_row, show_progress):
+        seen.append(config)
+        speed = 100 if config.devices == 1 else 190 - 10 * config.fsdp
+        loss = 2.0 + (config.tensor - 1) / 100 - (config.context_parallel - 1) / 1000
+        row = {"step": 1, "tokens_per_second": speed, "mfu": 0.5, "loss": loss}
+        return type("Finished", (), {"rows": [row]})
+
+    monkeypatch.setattr(scaling_cases, "train", train)
+    found = dict(measure(Scaling(cases=("weak", "losses"))))
+    assert [record["of_ideal"] for record in found["weak"]] == [1.0, 0.9, 0.85]
+    assert [config.batch_size for config in seen[:3]] == [8, 16, 16]
+    assert [config.model for config in seen] == ["325m"] * 3 + ["125m"] * 3
+    differences = [record["difference"] for record in found["losses"]]
+    assert differences == pytest.approx([0, 0.01, 0.001])
+    rows = table(found).splitlines()[2:]
+    assert rows[1] == (
+        "| as many rows a device | data parallel | 2 | 180 tokens/s, 90.0% of devices x one |"
+    )
+    assert rows[4].endswith("| tensor parallel | 2 | largest difference of a loss 1.0e-02 |")
+
+
+def test_the_small_model_moves_to_another_device(monkeypatch):
+    seen = []
+
+    def measure_speed(speed):
+        seen.append(speed)
+        for method in ("alone", "HybridStitch"):
+            yield {"method": method, "seconds_a_picture": 3.0 - speed.small_device,
+                   "speed_up": 1.5, "steps": {}, "gib": None}  # fmt: skip
+
+    monkeypatch.setattr(scaling_cases.stitching_speed, "measure", measure_speed)
+    found = dict(measure(Scaling(cases=("hybrid",))))
+    assert [record["seconds_a_picture"] for record in found["hybrid"]] == [3.0, 2.0]
+    assert [speed.small_device for speed in seen] == [0, 1]
+    assert seen[0].policies == Speed(policies=("large", "hybridstitch")).policies
+    assert (
+        table(found).splitlines()[3]
+        == "| two diffusion models | a device each | 2 | 2.00 s a picture |"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cases": ("strong",)}, r"cases must be among weak, losses, .*, got \['strong'\]"),
+        ({"devices": 1}, "devices must be from 2 to the 4 of this machine, got 1"),
+        ({"devices": 9}, "devices must be from 2 to the 4 of this machine, got 9"),
+        ({"long_context": 255}, "devices must divide long_context=255 and 8 rows, got 2"),
+    ],
+)
+def test_refuses_settings(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Scaling(**changes)

@@ -1,0 +1,109 @@
+"""What several devices of one host give: `python -m train.scaling --help`.
+
+Command    NCCL_NVLS_ENABLE=0 python -m train.scaling --output runs/scaling.json
+Hardware   not measured yet
+Outcome    not measured yet
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxgen.checkpoints import write_atomically
+from train.scaling_cases import CASES, Record, Scaling
+
+TITLES: Mapping[str, str] = {
+    "weak": "as many rows a device",
+    "losses": "the same losses",
+    "context": "one long sequence",
+    "hybrid": "two diffusion models",
+    "resume": "a run that changes its devices",
+}
+"""Cases in words."""
+
+
+def measure(scaling: Scaling) -> Iterator[tuple[str, list[Record]]]:
+    """Yield each case and its records, as it is done."""
+    for case in scaling.cases:
+        started = time.monotonic()
+        records = CASES[case](scaling)
+        print(f"{case}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+        yield case, records
+
+
+def table(found: Mapping[str, list[Record]]) -> str:
+    """Return a Markdown table."""
+    lines = ["| case | way | devices | result |", "| --- | --- | --- | --- |"]
+    for case, records in found.items():
+        for record in records:
+            cells = TITLES[case], record["way"], str(record["devices"]), _result(case, record)
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _result(case: str, record: Record) -> str:
+    match case:
+        case "weak":
+            speed = f"{record['tokens_per_second']:,.0f} tokens/s"
+            return f"{speed}, {record['of_ideal']:.1%} of devices x one"
+        case "context":
+            return f"{record['ms']:.1f} ms, relative difference {record['error']:.1e}"
+        case "hybrid":
+            return f"{record['seconds_a_picture']:.2f} s a picture"
+        case _:
+            return f"largest difference of a loss {record['difference']:.1e}"
+
+
+def plot(found: Mapping[str, list[Record]], path: Path) -> None:
+    """Draw the cases that are about time, each as bars."""
+    import matplotlib.figure
+
+    values = {"weak": "tokens_per_second", "context": "ms", "hybrid": "seconds_a_picture"}
+    labels = {"weak": "tokens a second", "context": "ms", "hybrid": "seconds a picture"}
+    timed = [case for case in values if case in found]
+    if not timed:
+        return
+    figure = matplotlib.figure.Figure(figsize=(4 * len(timed), 3.2), layout="constrained")
+    for panel, case in zip(figure.subplots(1, len(timed), squeeze=False)[0], timed, strict=True):
+        names = [record["way"].replace(" ", "\n", 1) for record in found[case]]
+        panel.bar(names, [record[values[case]] for record in found[case]])
+        panel.set(title=TITLES[case], ylabel=labels[case])
+        panel.tick_params("x", labelsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def save(scaling: Scaling, found: Mapping[str, list[Record]]) -> None:
+    """Write settings and records to the output, if there is one, and the plot beside it."""
+    if scaling.output is None:
+        return
+    result: dict[str, Any] = {
+        "settings": json.loads(json.dumps(dataclasses.asdict(scaling), default=str)),
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "cases": found,
+    }
+    scaling.output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(scaling.output, [(json.dumps(result, indent=2) + "\n").encode()])
+    plot(found, scaling.output.with_suffix(".png"))
+
+
+def main() -> None:
+    """Take the options, carry out the cases, print the table."""
+    import tyro
+
+    scaling = tyro.cli(Scaling, prog="python -m train.scaling")
+    found: dict[str, list[Record]] = {}
+    for case, records in measure(scaling):
+        found[case] = records
+        save(scaling, found)
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
