@@ -49,6 +49,8 @@ class TextToText:
         block_length: Tokens of a block; if None, 64 for SDAR and the whole answer for LLaDA.
         residual: What the default decoder feeds back: `ResidualContext()` for models that were
             trained with RCD; if None, nothing, or with a reference its predictions.
+        cfg_scale: How far the default decoder of a LLaDA goes beyond what it was trained to answer,
+            at twice the price: 0 is as trained (see `BlockDiffusion`); None for no guidance.
         stop_ids: Tokens that end an answer, besides the end of a message.
         pad_id: Fills answers after their end; if None, what the tokenizer says.
         chat_format: How conversations are written; if None, that whose tokens the tokenizer has.
@@ -65,6 +67,7 @@ class TextToText:
         reference: DiffusionLM | None = None,
         block_length: int | None = None,
         residual: ResidualContext | None = None,
+        cfg_scale: float | None = None,
         stop_ids: Sequence[int] | None = None,
         pad_id: int | None = None,
         chat_format: ChatFormat | None = None,
@@ -85,6 +88,7 @@ class TextToText:
         self.reference = reference
         self.block_length = block_length
         self.residual = _as_residual(residual, reference is not None)
+        self.cfg_scale = cfg_scale
         self.stop_ids = tuple(dict.fromkeys([*stop_ids, *end]))
         self.pad_id = next(number for number in choices if number is not None)
         self.chat_format = chat_format
@@ -98,6 +102,7 @@ class TextToText:
         reference: str | os.PathLike | None = None,
         block_length: int | None = None,
         residual: ResidualContext | None = None,
+        cfg_scale: float | None = None,
         chat_format: ChatFormat | None = None,
         mask_id: int | None = None,
         dtype: DTypeLike = "bfloat16",
@@ -118,6 +123,7 @@ class TextToText:
                 answer as one block.
             residual: As for the class. Nothing in a folder tells a model that was trained with
                 RCD from another.
+            cfg_scale: As for the class.
             chat_format: As for the class.
             mask_id: The mask token if the configuration does not name it, as Qwen3's.
             dtype: Floating dtype of weights and computation.
@@ -144,7 +150,7 @@ class TextToText:
             sharding=sharding,
             progress=progress,
         )
-        return cls(**parts, residual=residual, chat_format=chat_format)
+        return cls(**parts, residual=residual, cfg_scale=cfg_scale, chat_format=chat_format)
 
     def default_decoder(self, new_tokens: int) -> BlockDiffusion:
         """Return how answers are decoded unless the caller says otherwise.
@@ -156,7 +162,7 @@ class TextToText:
             new_tokens: Of an answer, which is LLaDA's block.
         """
         shared: dict[str, Any] = {"stop_ids": self.stop_ids, "pad_id": self.pad_id}
-        shared |= {"residual": self.residual}
+        shared |= {"residual": self.residual, "cfg_scale": self.cfg_scale}
         if self.model.config.qk_norm:
             return BlockDiffusion(
                 block_length=_SDAR_BLOCK if self.block_length is None else self.block_length,

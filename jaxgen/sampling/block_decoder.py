@@ -1,9 +1,11 @@
 """The options of block-wise decoding: one frozen part that is made of three smaller ones."""
 
 import dataclasses
+import math
 from typing import Literal, get_args
 
 import jax
+from jaxtyping import Array
 
 from jaxgen.sampling.residual_context import ResidualContext
 from jaxgen.sampling.unmasking import TokenChoice, Unmasking
@@ -28,6 +30,12 @@ class BlockDiffusion:
         choice: how tokens are drawn.
         unmasking: which are settled.
         residual: what discarded predictions feed back (RCD); None: nothing.
+        cfg_scale: with "bidirectional", classifier-free guidance, counted as LLaDA's code does:
+            logits are `without + (cfg_scale + 1) * (with - without)`, those "without" being of the
+            same answer behind a prompt of masks. 0 is the model as trained, -1 ignores the prompt;
+            `guidance_scale` of the picture pipelines is one more. Choice, confidence and residual
+            are of these logits, and both predictions read the same residual. A pass then has twice
+            the rows, and so has the cache. None: no second prediction.
         stop_ids: tokens that end an answer; a row that holds one starts no further block.
         pad_id: fills answers after their end.
 
@@ -41,6 +49,7 @@ class BlockDiffusion:
     choice: TokenChoice = dataclasses.field(default_factory=TokenChoice)
     unmasking: Unmasking = dataclasses.field(default_factory=Unmasking)
     residual: ResidualContext | None = None
+    cfg_scale: float | Array | None = None
     stop_ids: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
     pad_id: int = dataclasses.field(default=0, metadata={"static": True})
 
@@ -56,6 +65,14 @@ class BlockDiffusion:
             raise ValueError(
                 "block_causal keeps earlier blocks by itself and wants cache='none', "
                 f"got cache={self.cache!r}"
+            )
+        scale = self.cfg_scale
+        if isinstance(scale, int | float) and not -1 <= scale < math.inf:
+            raise ValueError(f"cfg_scale must be -1 or more and finite, or None, got {scale}")
+        if self.sight == "block_causal" and scale is not None:
+            raise ValueError(
+                "cfg_scale is for sight='bidirectional' and must be None with 'block_causal', "
+                f"got {scale}"
             )
 
     def blocks(self, new_tokens: int) -> int:

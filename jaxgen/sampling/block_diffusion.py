@@ -6,7 +6,7 @@ An answer starts as masks. Each step predicts the tokens of a block, settles som
 - "bidirectional", LLaDA (arXiv:2502.09992): every token sees the prompt and the whole answer.
   Blocks are counted from the end of the prompt. `cache="prefix"` keeps keys and values of all that
   comes before the block from its first step on, "dual" also those of what follows it; both are
-  approximations (Fast-dLLM, arXiv:2505.22618).
+  approximations (Fast-dLLM, arXiv:2505.22618). `cfg_scale` guides towards the prompt.
 - "block_causal", SDAR (arXiv:2510.06303): a token sees its own block and those before. Blocks are
   counted from the start of the prompt, whose last tokens may begin the first block. One more pass
   over a finished block stores its keys and values, which is exact.
@@ -46,7 +46,8 @@ class Decoded(NamedTuple):
         tokens: the answers, `pad_id` after their end.
         lengths: tokens of each answer, the one that ended it among them.
         steps: steps of each row: predictions after which tokens were settled.
-        passes: passes of the model, those that store keys and values among them.
+        passes: passes of the model, those that store keys and values among them; one with guidance
+            is one of twice the rows.
     """
 
     tokens: Int32[Array, "batch new_tokens"]

@@ -34,7 +34,8 @@ class DecodingState(NamedTuple):
         steps: steps of each row, those that only store keys and values left out.
         done: rows that are finished.
         passes: passes of the model so far, those for `init` among them, that of prompts left out.
-        cache: keys and values, None if none are kept.
+        cache: keys and values, None if none are kept. With guidance there are twice the rows,
+            those behind a prompt of masks last.
         residual: what the next step gets in the masked positions of the block, None without RCD.
     """
 
@@ -102,7 +103,7 @@ def first_state(setting: Setting, prompts: Array) -> DecodingState:
     start = lengths // block * block if causal else lengths
     cache = None
     if causal or decoder.cache != "none":
-        cache = model.empty_cache(batch, slots)
+        cache = model.empty_cache(batch if decoder.cfg_scale is None else 2 * batch, slots)
     if causal and longest >= block:
         cache = _prefill(model, tokens, cache, longest // block * block, block)
     residual = None
@@ -142,8 +143,7 @@ def one_pass(setting: Setting, state: DecodingState) -> DecodingState:
     passes, residual = state.passes + 1, state.residual
     if decoder.residual is not None and residual is not None:
         passes, residual = _opened(setting, decoder.residual, state, masked)
-    hidden, cache = _hidden(model, setting, state, residual, masked)
-    logits = model.logits(hidden)
+    logits, cache = _predicted(model, setting, state, residual, masked)
 
     keys = _keys(setting, state.start, state.step)
     draw = functools.partial(decoder.choice.draw, mask_id=setting.mask_id)
@@ -213,10 +213,11 @@ def _opened(
     def begin() -> Residual:
         match settings.init:
             case "self":
-                logits = model.logits(_hidden(model, setting, state, None, masked)[0])
+                logits, _ = _predicted(model, setting, state, None, masked)
             case "reference":
                 other = setting.reference
-                logits = other.logits(_uncached(other, setting, state))
+                hidden = _uncached(other, *_without_prompts(setting, state))
+                logits = _guided(setting.decoder, other.logits(hidden))
             case _:
                 keys = _keys(setting, state.start, jnp.full(batch, 2**31 - 1))  # after all steps
                 shape = (setting.decoder.block_length,)
@@ -230,6 +231,46 @@ def _opened(
     return passes, jax.tree.map(
         lambda new, old: jnp.where(_along(first, new), new, old), fresh, residual
     )
+
+
+def _predicted(
+    model: DiffusionLM,
+    setting: Setting,
+    state: DecodingState,
+    residual: Residual | None,
+    masked: Array,
+) -> tuple[Float[Array, "batch block vocabulary"], Cache | None]:
+    """Predicts the block of each row, with guidance if there is any; and what is kept of it."""
+    decoder = setting.decoder
+    if decoder.cfg_scale is not None:
+        setting, state = _without_prompts(setting, state)
+        residual, masked = _twice((residual, masked))
+    hidden, cache = _hidden(model, setting, state, residual, masked)
+    return _guided(decoder, model.logits(hidden)), cache
+
+
+def _without_prompts(setting: Setting, state: DecodingState) -> tuple[Setting, DecodingState]:
+    """Puts every row behind a prompt of masks after all rows, as in the cache, for guidance."""
+    if setting.decoder.cfg_scale is None:
+        return setting, state
+    prompt = jnp.arange(state.tokens.shape[1])[None] < setting.lengths[:, None]
+    tokens = jnp.concatenate([state.tokens, jnp.where(prompt, setting.mask_id, state.tokens)])
+    start, step, done, lengths, end = _twice(
+        (state.start, state.step, state.done, setting.lengths, setting.end)
+    )
+    state = state._replace(tokens=tokens, start=start, step=step, done=done)
+    return dataclasses.replace(setting, lengths=lengths, end=end), state
+
+
+def _guided(
+    decoder: BlockDiffusion, logits: Float[Array, "rows block vocabulary"]
+) -> Float[Array, "batch block vocabulary"]:
+    """Goes from what the last half of the rows predicts beyond the first; alike without a scale."""
+    if decoder.cfg_scale is None:
+        return logits
+    scale = jnp.asarray(decoder.cfg_scale, jnp.float32)
+    given, masked = jnp.split(logits, 2)
+    return given + scale * (given - masked)  # exactly `given` where the scale is 0
 
 
 def _hidden(
@@ -320,6 +361,11 @@ def _take(array: Array, rows: Array) -> Array:
 def _put(array: Array, rows: Array, new: Array) -> Array:
     """Replaces some slots of each row; those beyond the last one are left out."""
     return array.at[jnp.arange(len(array))[:, None], rows].set(new, mode="drop")
+
+
+def _twice(arrays: Any) -> Any:
+    """Every array of a pytree with all its rows again after the last one."""
+    return jax.tree.map(lambda array: jnp.concatenate([array, array]), arrays)
 
 
 def _along(rows: Array, array: Array) -> Array:

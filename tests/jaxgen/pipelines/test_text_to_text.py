@@ -292,6 +292,31 @@ def test_residual_context(kind, models):
     _same(warm(PROMPTS, new_tokens=20, decoder=rcd.default_decoder(20)), cold)
 
 
+def test_guidance_of_a_llada(models, pipelines, tmp_path):
+    plain, options = pipelines["llada"], {"block_length": BLOCK}
+    guided = TextToText(models["llada"], TOKENIZERS["llada"], cfg_scale=2.0, **options)
+    decoder = dataclasses.replace(plain.default_decoder(20), cfg_scale=2.0)
+    assert guided.default_decoder(20) == decoder
+    answers = guided(PROMPTS, new_tokens=20)
+    _same(plain(PROMPTS, new_tokens=20, decoder=decoder), answers)
+    assert answers.texts != plain(PROMPTS, new_tokens=20).texts
+    *_, last = guided.stream(PROMPTS, new_tokens=20)
+    _same(last, answers)
+    for row, prompt in enumerate(PROMPTS):
+        assert guided(prompt, new_tokens=20).texts == (answers.texts[row],)
+    folders = {kind: _folder(tmp_path / kind, kind, model) for kind, model in models.items()}
+    options |= {"cfg_scale": 2.0, "dtype": jnp.float32}
+    loaded = TextToText.from_pretrained(folders["llada"], **options)
+    _same(loaded(PROMPTS, new_tokens=20), answers)
+    message = "cfg_scale is for sight='bidirectional' and must be None with 'block_causal', got 2.0"
+    with pytest.raises(ValueError, match=message):
+        TextToText.from_pretrained(folders["sdar"], **options)
+    with pytest.raises(
+        ValueError, match="cfg_scale must be -1 or more and finite, or None, got -2"
+    ):
+        TextToText(models["llada"], TOKENIZERS["llada"], cfg_scale=-2)
+
+
 def _folder(path, kind, model, **changes):
     save_diffusion_lm_folder(path, model)
     shutil.copytree(GOLDENS / ("qwen" if kind == "sdar" else kind), path, dirs_exist_ok=True)

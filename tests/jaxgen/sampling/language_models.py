@@ -183,7 +183,7 @@ def decode_by_hand(model, prompt, decoder, new_tokens, reference=None, first_res
     """Decodes one prompt greedily: full passes with dense masks.
 
     Keys and values are kept only where that is what the method is: "prefix" and "dual" keep those
-    of the first pass of each block.
+    of the first pass of each block. With guidance there is a second pass, whose prompt is masks.
     """
     twin, block = plain(model), decoder.block_length
     causal, context = decoder.sight == "block_causal", decoder.residual
@@ -195,13 +195,24 @@ def decode_by_hand(model, prompt, decoder, new_tokens, reference=None, first_res
     place, steps, states = np.arange(end), [], []
     numbers = place // block
     seen = numbers[:, None] >= numbers if causal else np.ones((end, end), bool)
+    asked, scale = place < begin, decoder.cfg_scale
+
+    def predict(twin, x, kept=(None, None), frozen=None):
+        """Logits, and the keys and values of both passes; `x` are embeddings."""
+        logits, written = twin(x, seen, kept=kept[0], frozen=frozen)
+        if scale is None:
+            return logits, (written, None)
+        x = np.where(asked[:, None], twin.table[MASK], x)
+        without, others = twin(x, seen, kept=kept[1], frozen=frozen)
+        return without + (scale + 1) * (logits - without), (written, others)
+
     for start in range(begin // block * block if causal else begin, end, block):
         inside = (place >= start) & (place < start + block)
-        total, step, kept = (masked & inside).sum(), 0, None
+        total, step, kept = (masked & inside).sum(), 0, (None, None)
         weight, vector = np.zeros(end), np.zeros((end, twin.table.shape[1]))
         if context is not None and context.init in ("self", "reference"):
             first = twin if context.init == "self" else plain(reference)
-            weight, vector = fed_back(context, first(tokens, seen)[0], twin.table)
+            weight, vector = fed_back(context, predict(first, first.table[tokens])[0], twin.table)
         elif first_residual is not None:
             weight, vector = np.broadcast_to(first_residual[0], end), first_residual[1]
         while (masked & inside).any():
@@ -209,8 +220,8 @@ def decode_by_hand(model, prompt, decoder, new_tokens, reference=None, first_res
             mixed = (1 - weight)[:, None] * twin.table[MASK] + weight[:, None] * vector
             x = np.where((masked & inside)[:, None], mixed, x)
             frozen = {"none": place < 0, "prefix": place < start, "dual": ~inside}[decoder.cache]
-            logits, written = twin(x, seen, kept=kept, frozen=frozen)
-            kept = written if kept is None else kept
+            logits, written = predict(twin, x, kept, frozen)
+            kept = written if step == 0 else kept
             shares = softmax(logits)
             shares[:, [MASK, *decoder.choice.forbidden]] = -1.0
             settled = settled_by_hand(

@@ -109,6 +109,16 @@ CASES = {
         4, ResidualContext(init="self"), cache="dual", unmasking=Unmasking(0.5, inclusive=True)
     ),
     "dual, plain": bidirectional(3, cache="dual"),
+    "guided": bidirectional(cfg_scale=1.5, unmasking=Unmasking(0.5)),
+    "guided, reference": bidirectional(
+        16, ResidualContext(init="reference"), cfg_scale=0.8, unmasking=Unmasking(0.5)
+    ),
+    "guided, prefix": bidirectional(
+        3, ResidualContext(init="self"), cfg_scale=-0.4, cache="prefix", unmasking=Unmasking(0.5)
+    ),
+    "guided, dual": bidirectional(
+        3, ResidualContext(), cfg_scale=2.0, cache="dual", unmasking=Unmasking(0.5, steps=2)
+    ),
 }  # fmt: skip
 
 
@@ -424,6 +434,76 @@ def test_an_even_random_prediction_is_a_first_step_from_the_average_embedding():
         assert int(found.steps[i]) == sum(wanted.steps)
 
 
+GUIDED = {
+    "none": bidirectional(unmasking=Unmasking(steps=3)),
+    "residual": bidirectional(residual=ResidualContext(init="self"), unmasking=Unmasking(0.5)),
+    "reference": bidirectional(residual=ResidualContext(init="reference")),
+    "prefix": bidirectional(3, ResidualContext(), cache="prefix", unmasking=Unmasking(0.5)),
+    "dual": SAMPLED["dual"],
+}
+
+
+def guided(decoder, scale, **parts):
+    return dataclasses.replace(decoder, cfg_scale=scale, **parts)
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_guidance_by_nothing_is_plain_decoding(name):
+    for seed in range(3):
+        wanted = run(GUIDED[name], prompts_of(seed), seeds=SEEDS)
+        found = run(guided(GUIDED[name], 0.0), prompts_of(seed), seeds=SEEDS)
+        jax.tree.map(np.testing.assert_array_equal, found, wanted)
+        some = run(guided(GUIDED[name], 3.0), prompts_of(seed), seeds=SEEDS)
+        assert (some.tokens != wanted.tokens).any()
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_guidance_all_the_way_back_does_not_read_the_prompt(name):
+    """That it is the prompt that counts more, not what is left without it.
+
+    A first prediction from masks alone is the same everywhere, so that the order is a random one.
+    """
+    decoder = dataclasses.replace(GUIDED[name], unmasking=Unmasking(steps=3, order="random"))
+    wanted = run(decoder, np.full((ROWS, WIDE), MASK), seeds=SEEDS)
+    for seed in range(2):
+        back = run(guided(decoder, -1.0), prompts_of(seed), seeds=SEEDS)
+        jax.tree.map(np.testing.assert_array_equal, back, wanted)
+        asked = run(guided(decoder, 0.0), prompts_of(seed), seeds=SEEDS)
+        assert (asked.tokens != wanted.tokens).any(axis=1).sum() > ROWS // 2
+
+
+@pytest.mark.parametrize("name", ["none", "residual"])
+def test_guided_rows_do_not_know_of_each_other_or_of_padding(name):
+    choice = TokenChoice(0.8, confidence="raw")
+    decoder, prompts = guided(GUIDED[name], 1.3, choice=choice), prompts_of(9)
+    found = run(decoder, prompts, seeds=SEEDS)
+    padded = np.where(np.arange(WIDE + 5) < LENGTHS[:, None], np.pad(prompts, ((0, 0), (0, 5))), 11)
+    jax.tree.map(np.testing.assert_array_equal, run(decoder, padded, seeds=SEEDS), found)
+    for i in (0, 3, 5):
+        alone = run(decoder, prompts[i : i + 1], LENGTHS[i : i + 1], seeds=SEEDS[i : i + 1])
+        for field in ("tokens", "lengths", "steps"):
+            np.testing.assert_array_equal(getattr(alone, field)[0], getattr(found, field)[i])
+
+
+def test_only_guidance_computes_every_row_twice():
+    rows, flops = [], []
+    for scale in (None, 1.0, 2.0):
+        decoder = guided(GUIDED["dual"], scale)
+        setting, state = block_diffusion._start(
+            LLADA, jnp.asarray(prompts_of(0)), decoder, NEW, jnp.asarray(LENGTHS), 0, None
+        )
+        lowered = block_diffusion._one_pass.lower(setting, state)
+        rows.append(len(state.cache[0].key))
+        flops.append(lowered.cost_analysis()["flops"])
+    assert rows == [ROWS, 2 * ROWS, 2 * ROWS]
+    assert 1.5 < flops[1] / flops[0] <= 2.0
+    assert flops[2] == flops[1]
+    run(guided(GUIDED["dual"], 1.0))
+    count = programs()
+    run(guided(GUIDED["dual"], 2.0))
+    assert programs() == count
+
+
 def programs():
     jitted = (block_diffusion._run, block_diffusion._first_state, block_diffusion._one_pass)
     return [program._cache_size() for program in jitted]
@@ -596,6 +676,17 @@ def test_calls_that_do_not_fit_are_refused(changes, message):
         ({"sight": "causal"}, "sight must be one of block_causal, bidirectional, got 'causal'"),
         ({"cache": "full"}, "cache must be one of none, prefix, dual, got 'full'"),
         ({"cache": "dual"}, "block_causal keeps earlier blocks .*, got cache='dual'"),
+        (
+            {"cfg_scale": 1.5},
+            "cfg_scale is for sight='bidirectional' and must be None with 'block_causal', got 1.5",
+        ),
+        ({"cfg_scale": jnp.float32(2)}, "must be None with 'block_causal', got 2.0"),
+        (
+            {"sight": "bidirectional", "cfg_scale": -1.5},
+            "cfg_scale must be -1 or more and finite, or None, got -1.5",
+        ),
+        ({"sight": "bidirectional", "cfg_scale": float("nan")}, "or None, got nan"),
+        ({"sight": "bidirectional", "cfg_scale": float("inf")}, "or None, got inf"),
     ],
 )
 def test_wrong_decoders_are_refused(options, message):
