@@ -16,7 +16,8 @@ def make_blocks[Block: nnx.Module](
     """Makes blocks that differ in their random numbers only.
 
     Inside `jax.jit`, the weights of all blocks are drawn together: XLA takes about half a second to
-    compile a draw, and a deep model would have hundreds. Values are the same as outside.
+    compile a draw, and a deep model would have hundreds. Values are the same as outside. For a
+    moment the weights are then in memory twice, stacked and block by block.
 
     Args:
         make: called with `rngs`, makes one block.

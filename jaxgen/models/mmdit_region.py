@@ -42,12 +42,14 @@ class Region:
         rows: rising, distinct numbers of these patches, row by row; see `patchify`.
         cache: keys and values in every block: of what stays, the other patches in their order, then
             of what is new, these patches and the text.
+        patches: how many the picture has.
         keep_text: the text stays, too, and comes first.
     """
 
     rows: Int32[Array, "batch active"]
     cache: Cache
-    keep_text: bool = field(default=False, metadata={"static": True})
+    patches: int = field(metadata={"static": True})
+    keep_text: bool = field(metadata={"static": True})
 
 
 def make_region(
@@ -73,8 +75,8 @@ def make_region(
         ValueError: shapes that do not belong together.
     """
     found = _shapes(cache)
-    sizes = (found[0][0][:2], found[0][2][:2]) if found and len(found[0]) > 3 else ((0, 0), (0, 0))
-    image, text = ((*size, *heads) for size in sizes)
+    complete = bool(found) and len(found[0]) > 3  # keys and values of image and text
+    image, text = ((*found[0][i][:2], *heads) if complete else (0,) * 4 for i in (0, 2))
     wanted = _wanted([image] * 2 + [text] * 2, image, dual, num_layers)
     if found != wanted or not image[1]:
         raise ValueError(
@@ -94,7 +96,7 @@ def make_region(
         else:
             joint = of_image.without(rows, active + text[1])
         blocks.append(BlockCache(joint, None, second and second.without(rows, active)))
-    return Region(rows, tuple(blocks), keep_text)
+    return Region(rows, tuple(blocks), tokens, keep_text)
 
 
 def check_region(
@@ -115,10 +117,11 @@ def check_region(
     joint = (batch, tokens + text.shape[1], *heads)
     wanted = _wanted([joint] * 2, (batch, tokens, *heads), dual, num_layers)
     found = _shapes(region.cache)
-    if found != wanted or len(region.rows) != batch:
+    if found != wanted or region.patches != tokens or len(region.rows) != batch:
         raise ValueError(
             f"the region must be of {batch} x {tokens} patches and {text.shape[1]} text tokens in "
-            f"{num_layers} blocks, got rows {region.rows.shape} and {_described(found)}"
+            f"{num_layers} blocks, got rows {region.rows.shape} of {region.patches} patches and "
+            f"{_described(found)}"
         )
 
 

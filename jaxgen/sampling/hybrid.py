@@ -79,7 +79,7 @@ def remember(
     return state.stepped(velocity, sigmas, i), memory
 
 
-@functools.partial(jax.jit, static_argnames="policy")
+@functools.partial(jax.jit, static_argnames="policy", donate_argnames="memory")
 def mix(
     large: Guided,
     small: Guided,
@@ -93,6 +93,8 @@ def mix(
     policy: HybridStitch,
 ) -> tuple[State, Memory]:
     """Let the small model predict pictures and the large one some of their patches.
+
+    The memory that is given is used up.
 
     Args:
         large: The large model.
@@ -203,7 +205,8 @@ _go_on = jax.jit(_masked, donate_argnames="memory")
 _join = jax.jit(_joined)
 
 
-@functools.partial(jax.jit, static_argnames="policy", donate_argnames="memory")
+# What is used up need not be used: of the old memory a refresh wants the dtypes only.
+@functools.partial(jax.jit, static_argnames="policy", donate_argnames="memory", keep_unused=True)
 def _refresh(large, state, memory, sigma, by_small, *, policy):
     return _refreshed(policy, large, state, memory, sigma, by_small)
 

@@ -378,6 +378,10 @@ def test_wrong_rows_and_caches_are_refused(rows, change, message):
             lambda region: jax.tree.map(lambda array: array[:, :-1], region),
             r"2 x 12 patches and \d+ text tokens in 2 blocks, got rows \(2, 1\)",
         ),
+        (
+            lambda region: dataclasses.replace(region, patches=16),
+            r"must be of 2 x 12 patches .* of 16 patches",
+        ),
     ],
 )
 def test_regions_of_other_inputs_are_refused(change, message):
