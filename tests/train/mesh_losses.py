@@ -34,7 +34,7 @@ def main(folder: Path) -> None:
             config = Config(
                 output=folder / f"{attention} {name}", data=folder / "text", model="heads",
                 attention=attention, precision="float32", context=CONTEXT, batch_size=ROWS,
-                steps=3, warmup_steps=1, learning_rate=1e-2, held_out=0.2, log_every=1,
+                steps=3, warmup_steps=1, learning_rate=3e-3, held_out=0.2, log_every=1,
                 validate_every=0, chunk=64, **mesh,
             )  # fmt: skip
             rows = train(config, show_progress=False).rows
