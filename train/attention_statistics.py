@@ -74,7 +74,7 @@ def attention_statistics(
     Returns:
         For each layer, from the first, numbers by name.
     """
-    attend, measured = causal_attention(attention, smooth_keys=model.config.smooth_keys), []
+    attend, measured = causal_attention(attention, **model.config.smoothing), []
     for operands, segment_ids in visit_attentions(
         model, batch, across_documents=across_documents, chunk=chunk
     ):
@@ -106,7 +106,7 @@ def visit_attentions(
     positions = jnp.arange(length)[None] if across_documents else rows["positions"]
     segment_ids = None if across_documents else rows["segment_ids"]
     place = model.rotary(positions), segment_ids
-    own = causal_attention(model.config.attention, smooth_keys=model.config.smooth_keys)
+    own = causal_attention(model.config.attention, **model.config.smoothing)
 
     blocks = [nnx.split(block) for block in model.blocks]
     inputs = [model.embed(rows["tokens"])]

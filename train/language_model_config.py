@@ -63,6 +63,8 @@ class Config(Options):
     """Arithmetic of attention."""
     smooth_keys: bool = True
     """Quantize keys less their mean in INT8 attention, which needs it; off for experiments."""
+    smooth_queries: bool = False
+    """Quantize queries less their mean, too; for experiments, without kernels."""
     qk_norm: bool = True
     """RMS-normalize queries and keys, which INT8 attention needs at large batches."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"

@@ -67,6 +67,7 @@ def model_config(config: Config, vocabulary_size: int) -> LanguageModelConfig:
         attention=config.attention,
         qk_norm=config.qk_norm,
         smooth_keys=config.smooth_keys,
+        smooth_queries=config.smooth_queries,
         dtype=config.precision,
         remat=config.remat,
         scan=config.scan,

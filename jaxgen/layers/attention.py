@@ -46,7 +46,9 @@ def attention_function(name: str) -> Callable[..., Any]:
 
 
 @functools.cache
-def causal_attention(name: AttentionName, *, smooth_keys: bool = True) -> Callable[..., Array]:
+def causal_attention(
+    name: AttentionName, *, smooth_keys: bool = True, smooth_queries: bool = False
+) -> Callable[..., Array]:
     """Returns the attention of a language model, always the same function for the same arguments.
 
     It is called `attend(query, key, value, segment_ids=None, bias=None)`; a token sees those before
@@ -55,6 +57,7 @@ def causal_attention(name: AttentionName, *, smooth_keys: bool = True) -> Callab
     Args:
         name: as for `attention_function`.
         smooth_keys: of "int8", as for `kernels_pallas.sage_attention`.
+        smooth_queries: likewise.
     """
     attention, integer = attention_function(name), name == "int8"
 
@@ -65,7 +68,9 @@ def causal_attention(name: AttentionName, *, smooth_keys: bool = True) -> Callab
         segment_ids: Int[Array, "batch tokens"] | None = None,
         bias: Array | None = None,
     ) -> Array:
-        options: dict[str, Any] = {"smooth_keys": smooth_keys} if integer else {}
+        options: dict[str, Any] = (
+            {"smooth_keys": smooth_keys, "smooth_queries": smooth_queries} if integer else {}
+        )
         if segment_ids is not None and integer:
             options |= {"query_segment_ids": segment_ids, "key_value_segment_ids": segment_ids}
         elif segment_ids is not None:

@@ -42,6 +42,7 @@ class LanguageModelConfig:
         eps: epsilon of all norms.
         attention: "exact" or "int8" (`kernels_pallas.sage_attention`).
         smooth_keys: INT8 attention quantizes keys less their mean; False is for experiments.
+        smooth_queries: it quantizes queries less their mean, too, without kernels; for experiments.
         remat: what the backward pass computes again: "none"; "block", everything from the input of
             each block; "keep_attention", all but what INT8 attention keeps for itself, its dearest
             part. Exact attention names nothing to keep, and is computed again with both.
@@ -68,6 +69,7 @@ class LanguageModelConfig:
     eps: float = 1e-6
     attention: AttentionName = "exact"
     smooth_keys: bool = True
+    smooth_queries: bool = False
     remat: Remat = "none"
     scan: bool = False
     dtype: DTypeLike = jnp.float32
@@ -75,10 +77,15 @@ class LanguageModelConfig:
 
     def __post_init__(self):
         check_stack(self)
-        require_bool(self, "smooth_keys")
+        require_bool(self, "smooth_keys", "smooth_queries")
         if self.remat not in get_args(Remat):
             allowed = ", ".join(get_args(Remat))
             raise ValueError(f"remat must be one of {allowed}, got {self.remat!r}")
+
+    @property
+    def smoothing(self) -> dict[str, bool]:
+        """What INT8 attention quantizes less its mean, as keywords."""
+        return {"smooth_keys": self.smooth_keys, "smooth_queries": self.smooth_queries}
 
     def operations(self, tokens: int) -> int:
         """Returns the multiplications and additions of a forward pass over one sequence.
@@ -156,7 +163,7 @@ class LanguageModel(DecoderStack):
 
     def _attend(self, segment_ids: Array | None) -> Attend:
         name = self.config.attention
-        attend = causal_attention(name, smooth_keys=self.config.smooth_keys)
+        attend = causal_attention(name, **self.config.smoothing)
         return lambda query, key, value: attend_on_mesh(
             attend, query, key, value, segment_ids, kernel=name == "int8"
         )

@@ -39,6 +39,7 @@ class _Call:
         scale: factor on the scores.
         smooth_values: as given.
         smooth_keys: as given.
+        smooth_queries: as given.
         return_residual: as given.
         has_lengths: whether lengths of the queries, and of the keys, were given.
     """
@@ -52,6 +53,7 @@ class _Call:
     scale: float
     smooth_values: bool
     smooth_keys: bool
+    smooth_queries: bool
     return_residual: bool
     has_lengths: tuple[bool, bool]
 
@@ -62,6 +64,7 @@ def _xla(call: _Call):
         structure=call.structure,
         smooth_values=call.smooth_values,
         smooth_keys=call.smooth_keys,
+        smooth_queries=call.smooth_queries,
         tiling=Tiling.for_lengths(call.query.shape[1], call.key.shape[1]),
     )
     arrays = call.query, call.key, call.value, call.bias, call.masking
@@ -93,6 +96,8 @@ def _mosaic_gpu(call: _Call):
 def _unsupported_mosaic_gpu(call: _Call) -> str | None:
     from kernels_pallas.sage_attention import mosaic_gpu
 
+    if call.smooth_queries:
+        return "it does not smooth queries"
     return mosaic_gpu.unsupported(
         call.query.shape[-1],
         has_bias=call.bias is not None,
@@ -126,6 +131,7 @@ def sage_attention(
     return_residual: bool = False,
     smooth_values: bool = False,
     smooth_keys: bool = True,
+    smooth_queries: bool = False,
     **flax_options: Any,
 ) -> Array | tuple[Array, Array]:
     r"""INT8 attention that trains: `softmax(scale · QKᵀ + bias) V` with quantized matrix products.
@@ -169,6 +175,9 @@ def sage_attention(
         smooth_keys: quantize the keys less their mean over the tokens, of which softmax takes no
             notice. False is for experiments: channels with a mean far above their spread then use
             up the range of INT8.
+        smooth_queries: quantize the queries less the mean of each tile of queries, whose product
+            with the keys is added to the scores ("xla" only). For experiments: the paper finds no
+            gain in training.
         **flax_options: the keywords that `nnx.MultiHeadAttention` hands to its `attention_fn`.
             `dtype` casts the operands; dropout, sown weights and custom einsums are refused;
             `precision` and what concerns dropout only have no effect.
@@ -198,6 +207,7 @@ def sage_attention(
         return_residual=return_residual,
         smooth_values=smooth_values,
         smooth_keys=smooth_keys,
+        smooth_queries=smooth_queries,
         flax_options=flax_options,
     )
     chosen, _ = dispatch.choose(_IMPLEMENTATIONS, call, implementation)
@@ -271,6 +281,7 @@ def _canonical(
     return_residual=False,
     smooth_values=False,
     smooth_keys=True,
+    smooth_queries=False,
     flax_options,
 ) -> tuple[_Call, tuple[int, ...]]:
     """Checks the arguments and brings them into one form; also returns the batch axes."""
@@ -316,6 +327,7 @@ def _canonical(
         scale,
         bool(smooth_values),
         bool(smooth_keys),
+        bool(smooth_queries),
         bool(return_residual),
         (query_seq_lengths is not None, key_value_seq_lengths is not None),
     )

@@ -59,6 +59,7 @@ class Options:
         product_dtype: of the operands of dP = dO·Vᵀ; None is that of the inputs.
         smooth_values: subtract the mean value before quantization and add it to the output.
         smooth_keys: subtract the mean key before quantization.
+        smooth_queries: subtract the mean query of each tile before quantization.
         quantize: False computes exact attention by the same path, to separate error sources.
     """
 
@@ -68,6 +69,7 @@ class Options:
     product_dtype: Any = None
     smooth_values: bool = False
     smooth_keys: bool = True
+    smooth_queries: bool = False
     quantize: bool = True
 
     @property
@@ -94,7 +96,9 @@ class Options:
 class Residuals(NamedTuple):
     """What the backward pass needs: no 16-bit copy of Q or K, no INT8 copy of V."""
 
-    query: Quantized  # BKGIqD, scale BKGI11
+    query: Quantized  # BKGIqD, scale BKGI11; smoothed if the options say so
+    query_mean: jax.Array | None  # BKGIqD with q = 1, float32; None if not subtracted
+    mean_scores: jax.Array | None  # JBKGIs, its products with the smoothed keys, float32
     key: Quantized  # JBKsD, scale JBK11: tiles lead, to be scanned over
     key_mean: jax.Array  # BK1D, float32
     value: jax.Array  # JBKsD, in the dtype of V; smoothed if the options say so
@@ -149,7 +153,12 @@ def forward(
     smooth_key, key_mean = subtract_mean(
         layout.tile_keys(key), attended, token_axes=(0, 3), enabled=options.smooth_keys
     )
-    quantized_query = quantize(query, tile_axes=(4, 5), enabled=options.quantize)
+    smooth_query, query_mean, mean_scores = query, None, None
+    if options.smooth_queries:
+        smooth_query, query_mean = subtract_mean(query, attending, token_axes=(4,))
+        mean = query_mean[..., 0, :]
+        mean_scores = options.scale * float_einsum("bkgid,jbksd->jbkgis", mean, smooth_key)
+    quantized_query = quantize(smooth_query, tile_axes=(4, 5), enabled=options.quantize)
     quantized_key = quantize(smooth_key, tile_axes=(3, 4), enabled=options.quantize)
     quantized_value = quantize(value, tile_axes=(3, 4), enabled=options.quantize)
 
@@ -158,9 +167,10 @@ def forward(
 
     def visit(carry, tile):
         largest, total, out = carry
-        start, key_tile, value_tile = tile
+        start, key_tile, value_tile, mean_tile = tile
+        products = quantized_query, key_tile, mean_tile
         s_BKGIqs, s_scale = _scores(
-            options, layout, quantized_query, key_tile, bias, masking, start, options.block_kv
+            options, layout, products, bias, masking, start, options.block_kv
         )
         tile_largest = jnp.max(s_BKGIqs, axis=-1, keepdims=True)
         new_largest = jnp.maximum(largest, tile_largest)
@@ -186,7 +196,7 @@ def forward(
     f32, rows = jnp.float32, (*query.shape[:-1], 1)
     start = (jnp.full(rows, -jnp.inf, f32), jnp.zeros(rows, f32), jnp.zeros(query.shape, f32))
     start = varying_like((query, key, value, bias, masking), start)
-    tiles = (layout.key_starts, quantized_key, quantized_value)
+    tiles = (layout.key_starts, quantized_key, quantized_value, mean_scores)
     (largest, total, out), _ = lax.scan(visit, start, tiles)
 
     empty = total == 0
@@ -195,6 +205,8 @@ def forward(
     raw_logsumexp = log_base * (largest + log_total) + options.scale * _dot_mean(query, key_mean)
     residuals = Residuals(
         query=quantized_query,
+        query_mean=query_mean,
+        mean_scores=mean_scores,
         key=quantized_key,
         key_mean=key_mean,
         value=value.astype(product_dtype),
@@ -220,7 +232,8 @@ def backward(
     """Compute the gradients of query, key, value and bias.
 
     The rounding in the quantizers is treated as the identity (straight-through). Rows of dS sum to
-    zero, so smoothing needs no term of its own, neither in dQ nor in dK.
+    zero, so smoothing keys needs no term of its own, neither in dQ nor in dK. Smoothed queries do:
+    dK = dSᵀ (Q - mean) + (dSᵀ 1) meanᵀ (SageBwd, section 6).
 
     Args:
         options: the static options of the forward pass.
@@ -259,10 +272,9 @@ def backward(
         return jnp.sum(jnp.swapaxes(x8.scale, 4, 5) * scale * product, axis=(2, 3))
 
     def visit(d_query, tile):
-        start, key_tile, value_tile = tile
-        s_BKGIqs, s_scale = _scores(
-            options, layout, residuals.query, key_tile, bias, masking, start, block
-        )
+        start, key_tile, value_tile, mean_tile = tile
+        products = residuals.query, key_tile, mean_tile
+        s_BKGIqs, s_scale = _scores(options, layout, products, bias, masking, start, block)
         if half:
             logsumexp = beside(residuals.largest + residuals.log_total, s_scale)
             p_BKGIqs = to_half(jnp.exp2(s_BKGIqs - logsumexp))
@@ -279,16 +291,25 @@ def backward(
             "bkgiqs,bksd->bkgiqd", ds8.codes, key_tile.codes
         )
         d_key = sum_over_queries(ds_BKGIqs, residuals.query.codes, query_scale)
+        if residuals.query_mean is not None:
+            d_key += options.scale * float_einsum(
+                "bkgis,bkgid->bksd", jnp.sum(ds_BKGIqs, axis=4), residuals.query_mean[..., 0, :]
+            )
         d_bias = None if bias is None else layout.reduce_to_bias(ds_BKGIqs, bias)
         return d_query, (d_key, d_value, d_bias)
 
     # The log-sum-exp of unsmoothed keys is that of smoothed ones plus scale · q · mean(K).
     d_query = options.scale * d_lse * residuals.key_mean[0, :, :, None, None]
     d_query = varying_like((residuals, d_out), jnp.broadcast_to(d_query, d_out.shape))
+    parts, mean_scores = options.block_kv // block, residuals.mean_scores
+    if mean_scores is not None:
+        mean_scores = jnp.moveaxis(mean_scores.reshape(*mean_scores.shape[:-1], parts, block), 5, 1)
+        mean_scores = mean_scores.reshape(-1, *mean_scores.shape[2:])
     tiles = (
         jnp.arange(0, layout.padded_keys, block, dtype=jnp.int32),
-        jax.tree.map(lambda x: _split_tiles(x, options.block_kv // block), residuals.key),
-        _split_tiles(residuals.value, options.block_kv // block),
+        jax.tree.map(lambda x: _split_tiles(x, parts), residuals.key),
+        _split_tiles(residuals.value, parts),
+        mean_scores,
     )
     d_query, (d_key, d_value, d_bias) = lax.scan(visit, d_query, tiles)
     return (
@@ -310,16 +331,20 @@ def _split_tiles(x, parts):
     return jnp.moveaxis(x, 3, 1).reshape(tiles * parts, batch, heads, block // parts, dim)
 
 
-def _scores(options, layout, query, key_tile, bias, masking, start, block):
+def _scores(options, layout, products, bias, masking, start, block):
     """Masked scores of all queries against one tile of smoothed keys, and the integers' scale.
 
-    Both are float32, in units of the logarithm of `Options.base`.
+    Both are float32, in units of the logarithm of `Options.base`. `products` are the queries, the
+    tile of keys, and the scores of the mean queries that were subtracted, or None.
     """
+    query, key_tile, mean_scores = products
     product = integer_einsum("bkgiqd,bksd->bkgiqs", query.codes, key_tile.codes)
     combine = scale_of_scores if options.half_precision else jnp.multiply
     query_scale = query.scale * (options.scale / math.log(options.base))
     scale = combine(query_scale, key_tile.scale[:, :, None, None])
     scores = scale * product
+    if mean_scores is not None:
+        scores += mean_scores[..., None, :] / math.log(options.base)
     if bias is not None:
         bias_tile = tile_of_keys(bias, start, block)
         scores += layout.split_rows(bias_tile.astype(jnp.float32) / math.log(options.base))

@@ -36,7 +36,7 @@ def test_runs_see_the_same_tokens_and_differ_in_what_they_say(text, tmp_path):
     assert len({run.output for run in runs}) == len(runs) == 2 * 2 * len(ARMS)
     assert {run.batch_size * run.steps for run in runs} == {32}
     assert {run.batch_size * run.warmup_steps for run in runs} == {8}
-    kinds = {(run.attention, run.qk_norm, run.smooth_keys) for run in runs}
+    kinds = {(run.attention, run.qk_norm, run.smooth_keys, run.smooth_queries) for run in runs}
     assert len(kinds) == len(ARMS)
 
 

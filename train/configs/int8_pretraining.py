@@ -33,6 +33,7 @@ ARMS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "exact-no-qk-norm": {"attention": "exact", "qk_norm": False},
         "int8-no-qk-norm": {"attention": "int8", "qk_norm": False},
         "int8-keys-not-smoothed": {"attention": "int8", "smooth_keys": False},
+        "int8-queries-smoothed": {"attention": "int8", "smooth_queries": True},
     }
 )
 """What is compared; options of `train.language_model`."""
@@ -144,7 +145,7 @@ def _card(folder: Path, steps: int | None = None) -> dict[str, Any] | None:
 
 def _result(card: Mapping[str, Any]) -> dict[str, Any]:
     config = card["config"]
-    names = ("attention", "qk_norm", "smooth_keys")
+    names = ("attention", "qk_norm", "smooth_keys", "smooth_queries")
     default = {name: getattr(Config, name) for name in names}
     return {
         "arm": next(
