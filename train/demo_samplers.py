@@ -16,7 +16,7 @@ from PIL import Image
 from jaxgen.pictures import image_grid
 from jaxgen.pipelines import StitchedTextToImage, TextToImage
 from jaxgen.sampling import Alone, Policy
-from train import stitching
+from train import stitching, stitching_report
 from train.scores import peak_signal_to_noise
 
 PICTURE = "samplers.png"
@@ -54,8 +54,8 @@ class Sampled:
     @property
     def described(self) -> str:
         """The sampler and its settings."""
-        method = stitching.METHODS[type(self.policy)]
-        return stitching.describe(method, dataclasses.asdict(self.policy))
+        method = stitching_report.METHODS[type(self.policy)]
+        return stitching_report.describe(method, dataclasses.asdict(self.policy))
 
     @property
     def cells(self) -> tuple[str, str, str, str]:

@@ -183,16 +183,15 @@ def resume(scaling: Scaling) -> list[Record]:
     with tempfile.TemporaryDirectory() as folder:
         every = {"devices": count, "fsdp": count}
         places = every, {"devices": 1}, every
-        parts, taken = [], []
+        rows, taken = [], []
         for stop, place in zip((steps // 3, 2 * steps // 3, None), places, strict=True):
             rows = _small(scaling, steps, Path(folder), stop, **place)
             taken.append(int(rows[-1]["step"]))
-            parts = rows
-    pairs = zip(parts, whole, strict=True)
+    pairs = zip(rows, whole, strict=True)
     difference = max(abs(one["loss"] - other["loss"]) for one, other in pairs)
     return [
         {"way": f"{count}, 1, {count} devices", "devices": count, "changed_after": taken[:-1]}
-        | {"losses": [row["loss"] for row in parts], "difference": difference}
+        | {"losses": [row["loss"] for row in rows], "difference": difference}
     ]
 
 

@@ -141,22 +141,14 @@ class KeyValues(NamedTuple):
 
         return KeyValues(write(self.key, new.key), write(self.value, new.value))
 
-    def without(self, rows: Int32[Array, "batch active"], room: int) -> "KeyValues":
-        """Returns those of the other tokens, in their order, and room for `room` tokens after them.
+    def taken(self, rows: Int32[Array, "batch taken"], room: int) -> "KeyValues":
+        """Returns those of some tokens, and room for `room` tokens after them; see `ended`."""
 
-        Attention does not notice the order of keys. With all that changes at the end, new tokens
-        are written in place and nothing is put together from parts.
-        """
-        batch, tokens = self.key.shape[:2]
-        number = jnp.arange(batch, dtype=rows.dtype)[:, None]
-        here = jnp.zeros((batch, tokens), bool).at[number, rows].set(True)
-        others = jnp.argsort(here, axis=1, stable=True)[:, : tokens - rows.shape[1]]
-
-        def keep(array: Array) -> Array:
-            kept = jnp.take_along_axis(array, others[:, :, None, None], axis=1)
+        def take(array: Array) -> Array:
+            kept = jnp.take_along_axis(array, rows[:, :, None, None], axis=1)
             return jnp.pad(kept, ((0, 0), (0, room), (0, 0), (0, 0)))
 
-        return KeyValues(keep(self.key), keep(self.value))
+        return KeyValues(take(self.key), take(self.value))
 
     def joined(self, others: "KeyValues") -> "KeyValues":
         """Returns these and then others."""
@@ -165,7 +157,7 @@ class KeyValues(NamedTuple):
         )
 
     def ended(self, new: "KeyValues") -> "KeyValues":
-        """Returns these with other tokens at the end."""
+        """Returns these with other tokens at the end, in place where nothing else needs these."""
 
         def write(old: Array, part: Array) -> Array:
             start = old.shape[1] - part.shape[1]
@@ -292,7 +284,7 @@ class SelfAttention(nnx.Module):
         Args:
             x: all tokens, or some.
             cache: with some, keys and values of the others and room for these, from
-                `KeyValues.without`.
+                `KeyValues.taken`.
 
         Returns:
             What `x` found, and the keys and values of all tokens, those of `x` at the end.

@@ -210,7 +210,9 @@ class MMDiTBlock(nnx.Module):
             image = add_gated(image, dual_out, image_dual[0])
         image = add_gated(image, self.image_mlp(modulate(image, image_feed)), image_feed)
 
-        if text is not None and text_joint and text_out is not None and self.text_mlp is not None:
+        if text is not None and self.text_mlp is not None:
+            assert text_out is not None  # the last block alone has neither
+            assert text_joint is not None
             text = add_gated(text, text_out, text_joint)
             text = add_gated(text, self.text_mlp(modulate(text, text_feed[0])), text_feed[0])
         return image, text, BlockCache(of_image, of_text, second)
@@ -307,15 +309,7 @@ class MMDiT(nnx.Module):
         Raises:
             ValueError: shapes that do not belong together.
         """
-        config = self.config
-        return make_region(
-            rows,
-            cache,
-            keep_text=keep_text,
-            heads=(config.num_heads, config.head_dim),
-            dual=config.dual_attention_layers,
-            num_layers=config.num_layers,
-        )
+        return make_region(self.config, rows, cache, keep_text=keep_text)
 
     def masked(
         self,
@@ -345,15 +339,7 @@ class MMDiT(nnx.Module):
             ValueError: a shape that does not fit, also of the region.
         """
         image, text, conditioning = self._embed(latents, timestep, context, pooled)
-        config = self.config
-        check_region(
-            region,
-            image,
-            text,
-            heads=(config.num_heads, config.head_dim),
-            dual=config.dual_attention_layers,
-            num_layers=config.num_layers,
-        )
+        check_region(self.config, region, image, text)
         image = jnp.take_along_axis(image, region.rows[..., None], axis=1)
         running = None if region.keep_text else text
         updated = []

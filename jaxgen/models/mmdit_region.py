@@ -5,14 +5,17 @@ order of keys, so those that stay come first: a pass writes new ones at the end 
 nothing is put together from parts.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
 from jaxgen.layers import KeyValues
+
+if TYPE_CHECKING:
+    from jaxgen.models.mmdit import MMDiTConfig
 
 
 class BlockCache(NamedTuple):
@@ -53,80 +56,63 @@ class Region:
 
 
 def make_region(
-    rows: Int32[Array, "batch active"],
-    cache: Cache,
-    *,
-    keep_text: bool,
-    heads: tuple[int, int],
-    dual: Iterable[int],
-    num_layers: int,
+    config: "MMDiTConfig", rows: Int32[Array, "batch active"], cache: Cache, *, keep_text: bool
 ) -> Region:
-    """Returns the region of some patches, with room for what is new.
-
-    Args:
-        rows: rising, distinct numbers of the patches, row by row.
-        cache: of a pass over everything.
-        keep_text: the text stays.
-        heads: number and size of heads.
-        dual: numbers of the blocks with a second attention.
-        num_layers: number of blocks.
+    """Returns the region of some patches, with room for what is new; see `MMDiT.region`.
 
     Raises:
         ValueError: shapes that do not belong together.
     """
-    found = _shapes(cache)
+    found, heads = _shapes(cache), (config.num_heads, config.head_dim)
     complete = bool(found) and len(found[0]) > 3  # keys and values of image and text
     image, text = ((*found[0][i][:2], *heads) if complete else (0,) * 4 for i in (0, 2))
-    wanted = _wanted([image] * 2 + [text] * 2, image, dual, num_layers)
-    if found != wanted or not image[1]:
+    if found != _wanted(config, [image] * 2 + [text] * 2, image) or not image[1]:
         raise ValueError(
             f"the cache must be that of a pass over everything, with keys and values of image and "
-            f"text in {heads[0]} heads of {heads[1]} in {num_layers} blocks, "
+            f"text in {heads[0]} heads of {heads[1]} in {config.num_layers} blocks, "
             f"got {_described(found)}"
         )
     batch, tokens = image[:2]
     active = rows.shape[1] if rows.ndim == 2 else 0
     if rows.shape != (batch, active) or not 0 < active <= tokens:
         raise ValueError(f"rows must have shape ({batch}, 1 to {tokens} patches), got {rows.shape}")
+    number = jnp.arange(batch, dtype=rows.dtype)[:, None]
+    here = jnp.zeros((batch, tokens), bool).at[number, rows].set(True)
+    others = jnp.argsort(here, axis=1, stable=True)[:, : tokens - active]
     blocks = []
     for of_image, of_text, second in cache:
         assert of_text is not None  # its arrays were found
         if keep_text:
-            joint = of_text.joined(of_image.without(rows, active))
+            joint = of_text.joined(of_image.taken(others, active))
         else:
-            joint = of_image.without(rows, active + text[1])
-        blocks.append(BlockCache(joint, None, second and second.without(rows, active)))
+            joint = of_image.taken(others, active + text[1])
+        blocks.append(BlockCache(joint, None, second and second.taken(others, active)))
     return Region(rows, tuple(blocks), tokens, keep_text)
 
 
-def check_region(
-    region: Region,
-    image: Array,
-    text: Array,
-    *,
-    heads: tuple[int, int],
-    dual: Iterable[int],
-    num_layers: int,
-) -> None:
+def check_region(config: "MMDiTConfig", region: Region, image: Array, text: Array) -> None:
     """Checks that a region is of these image and text tokens.
 
     Raises:
         ValueError: it is not.
     """
     batch, tokens = image.shape[:2]
+    heads = (config.num_heads, config.head_dim)
     joint = (batch, tokens + text.shape[1], *heads)
-    wanted = _wanted([joint] * 2, (batch, tokens, *heads), dual, num_layers)
     found = _shapes(region.cache)
-    if found != wanted or region.patches != tokens or len(region.rows) != batch:
+    fits = found == _wanted(config, [joint] * 2, (batch, tokens, *heads))
+    if not fits or region.patches != tokens or len(region.rows) != batch:
         raise ValueError(
             f"the region must be of {batch} x {tokens} patches and {text.shape[1]} text tokens in "
-            f"{num_layers} blocks, got rows {region.rows.shape} of {region.patches} patches and "
-            f"{_described(found)}"
+            f"{config.num_layers} blocks, got rows {region.rows.shape} of {region.patches} patches "
+            f"and {_described(found)}"
         )
 
 
-def _wanted(joint, second, dual, num_layers) -> list[list[tuple[int, ...]]]:
-    return [joint + [second] * (2 if i in dual else 0) for i in range(num_layers)]
+def _wanted(config, joint, second) -> list[list[tuple[int, ...]]]:
+    """Shapes in every block: of the joint attention, and of the second in dual blocks."""
+    dual = config.dual_attention_layers
+    return [joint + [second] * (2 if i in dual else 0) for i in range(config.num_layers)]
 
 
 def _shapes(cache: Cache) -> list[list[tuple[int, ...]]]:

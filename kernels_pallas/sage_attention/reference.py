@@ -7,8 +7,8 @@ only dP = dO·Vᵀ keeps the precision of its inputs, because its error is not a
 The arrays are cut into tiles as `Tiling` says, which also says what shares a scale. Of P and dS the
 backward pass quantizes, by default, each row where rows leave the product and each column where
 columns do; the paper's Algorithm 2 has one scale for the tile. Tiles of keys are visited one after
-another, so memory grows with queries x block_kv, never with queries x keys. Two runs give
-the same bits.
+another, so memory grows with queries x block_kv, never with queries x keys (smoothed queries need
+tiles of queries x keys). Two runs give the same bits.
 
 Shape suffixes: B batch, K key/value heads, G query heads per key/value head, I tiles of queries,
 q queries of a tile, J tiles of keys, s keys of a tile, D head_dim.
