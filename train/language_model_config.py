@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from jaxgen.models import LANGUAGE_MODEL_PRESETS, LanguageModelConfig
+from jaxgen.models.language_model import Remat
 from train.options import WATCHING, Options
 
 MODELS: Mapping[str, LanguageModelConfig] = MappingProxyType(
@@ -69,8 +70,9 @@ class Config(Options):
     """RMS-normalize queries and keys, which INT8 attention needs at large batches."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     """Dtype of the computation; parameters, norms, loss and optimizer are float32 always."""
-    remat: Literal["none", "block", "keep_attention"] = "none"
-    """What the backward pass computes again; keep_attention keeps what INT8 attention needs."""
+    remat: Remat = "none"
+    """What the backward pass computes again to save memory: all of a block; keep_attention, all but
+    attention; keep_products, only what is cheap, which already needs a third of the memory."""
     scan: bool = False
     """Compile one block and loop over the weights of all."""
 
@@ -217,7 +219,7 @@ class Config(Options):
 _CHOICES = {
     "attention": ("exact", "int8"),
     "precision": ("float32", "bfloat16"),
-    "remat": ("none", "block", "keep_attention"),
+    "remat": get_args(Remat),
     "damaged": ("refuse", "skip"),
     "schedule": ("cosine", "constant"),
     "export_dtype": ("float32", "bfloat16"),

@@ -221,6 +221,7 @@ def _pretrain(
         config = Config(
             output=folder or Path(temporary),
             attention="int8",
+            remat="keep_products",
             precision=scaling.precision,
             scan=True,
             across_documents=True,

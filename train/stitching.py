@@ -208,7 +208,7 @@ def main() -> None:
         grid.save(config.output / "pictures.png")
 
     records = compare(pair, AttributeScorer.load(config.classifier), emojis, config, save)
-    plot(records, config.output / "stitching.png")
+    plot({f"prompts: {config.prompts}": records}, config.output / "stitching.png")
     print(table(records))
     print(at_equal_cost(records))
 

@@ -1,5 +1,12 @@
-"""Tables and plots of `train.stitching`: what methods are called, and which are compared."""
+"""Tables and plots of `train.stitching`: what methods are called, and which are compared.
 
+    python -m train.stitching_report train/configs/results/stitching_openmoji_*.json --plot out.png
+
+compares the samplers of earlier runs at equal cost.
+"""
+
+import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,29 +26,51 @@ TARGETS = (1.5, 1.83)
 """Speed-ups in operations at which methods are compared, each within 3 %."""
 
 
-def plot(records: Sequence[Record], path: Path) -> None:
-    """Plot the distance from the large model's pictures over the measured speed-up."""
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Compare the samplers of earlier runs of `train.stitching` at equal cost."""
+
+    results: tuple[Path, ...]
+    """Files `stitching.json`."""
+    plot: Path | None = None
+    """Draw distances over speed-ups there."""
+
+    def __post_init__(self):
+        if not self.results:
+            raise ValueError("results must name at least one file stitching.json, got none")
+
+
+def plot(runs: Mapping[str, Sequence[Record]], path: Path) -> None:
+    """Plot distances from the large model's pictures over the speed-up in operations.
+
+    Args:
+        runs: Records by what the models were told; a row of panels each.
+        path: Of the picture.
+    """
     import matplotlib.figure
 
-    figure = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained")
-    panels = figure.subplots(1, 2)
-    for name in METHODS.values():
-        chosen = sorted(
-            (record for record in records if record["method"] == name),
-            key=lambda record: record["speed_up"],
-        )
-        line = "o" if name in ("alone", "HybridStitch") else "o-"
-        for panel, measure in zip(panels, ("distance", "psnr"), strict=True):
-            shown = [r for r in chosen if measure == "distance" or r["distance"] > 0]
-            panel.plot(
-                [r["speed_up"] for r in shown], [r[measure] for r in shown], line, label=name
-            )
-    panels[0].set(xlabel="speed-up", ylabel="distance from the large model's picture")
-    panels[1].set(xlabel="speed-up", ylabel="PSNR against the large model's picture")
-    for panel in panels:
-        panel.grid(alpha=0.3)
-    panels[0].legend()
+    figure = matplotlib.figure.Figure(figsize=(10, 3.6 * len(runs)), layout="constrained")
+    rows = figure.subplots(len(runs), 2, squeeze=False)
+    for row, (title, records) in zip(rows, runs.items(), strict=True):
+        for name in METHODS.values():
+            _draw(row, [record for record in records if record["method"] == name], name)
+        row[0].set(xlabel="speed-up in operations", ylabel="distance from the large model's")
+        row[1].set(xlabel="speed-up in operations", ylabel="PSNR against the large model's")
+        for panel in row:
+            panel.grid(alpha=0.3)
+            panel.set_title(title)
+    rows[0][0].legend()
     figure.savefig(path, dpi=120)
+
+
+def _draw(panels: Sequence[Any], records: Sequence[Record], name: str) -> None:
+    """Draw a method's distances and PSNR; policies of several settings are not joined."""
+    line = "o" if name in ("alone", "HybridStitch") else "o-"
+    records = sorted(records, key=lambda record: record["speed_up_in_operations"])
+    for panel, measure in zip(panels, ("distance", "psnr"), strict=True):
+        shown = [r for r in records if measure == "distance" or r["distance"] > 0]
+        costs = [record["speed_up_in_operations"] for record in shown]
+        panel.plot(costs, [record[measure] for record in shown], line, label=name)
 
 
 def table(records: Sequence[Record]) -> str:
@@ -74,8 +103,8 @@ def at_equal_cost(records: Sequence[Record], targets: Sequence[float] = TARGETS)
     picture.
     """
     lines = [
-        "| in operations | sampler | measured speed-up | distance | more than HybridStitch |",
-        "| --- | --- | --- | --- | --- |",
+        "| in operations | sampler | distance | more than HybridStitch |",
+        "| --- | --- | --- | --- |",
     ]
     for target in targets:
         best: dict[str, Record] = {}
@@ -97,7 +126,6 @@ def at_equal_cost(records: Sequence[Record], targets: Sequence[float] = TARGETS)
             cells = [
                 f"{record['speed_up_in_operations']:.2f}",
                 describe(name, record["policy"]),
-                f"{record['speed_up']:.2f}",
                 f"{apart.mean():.3f} ({low:.3f} to {high:.3f})",
                 difference,
             ]
@@ -119,3 +147,23 @@ def describe(method: str, policy: Mapping[str, Any]) -> str:
             bounds = f"{policy['start']:.0%} to {policy['end']:.0%}"
             text = ", text kept" if policy.get("keep_text") else ""
             return f"HybridStitch, {bounds}, {policy['share']:.0%}, {policy['score']}{text}"
+
+
+def main() -> None:
+    """Take the options, print a table for each run, and draw the plot."""
+    import tyro
+
+    form = tyro.conf.PositionalRequiredArgs[Report]
+    report = tyro.cli(form, prog="python -m train.stitching_report")
+    runs = {}
+    for path in report.results:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        title = f"prompts: {result['config']['prompts']}"
+        runs[title] = result["records"]
+        print(f"{title}\n\n{at_equal_cost(result['records'])}")
+    if report.plot:
+        plot(runs, report.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -17,10 +17,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxgen.layers import Attend, AttentionName, attend_on_mesh, causal_attention
-from jaxgen.models.decoder_stack import DecoderStack, check_stack
+from jaxgen.models.decoder_stack import DecoderStack, Policy, check_stack
 from jaxgen.models.fields import require_bool
 
-Remat = Literal["none", "block", "keep_attention"]
+Remat = Literal["none", "block", "keep_attention", "keep_products"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +44,9 @@ class LanguageModelConfig:
         smooth_keys: INT8 attention quantizes keys less their mean; False is for experiments.
         smooth_queries: it quantizes queries less their mean, too, without kernels; for experiments.
         remat: what the backward pass computes again: "none"; "block", everything from the input of
-            each block; "keep_attention", all but what INT8 attention keeps for itself, its dearest
-            part. Exact attention names nothing to keep, and is computed again with both.
+            each block; "keep_attention", all but what attention keeps for itself, its dearest part
+            (exact attention: cuDNN's alone); "keep_products", neither that nor products with
+            weights, so what is left costs next to nothing and still is most of the memory.
         scan: compile one block and loop over the weights of all, which are copied together first;
             compiling then takes seconds at any depth.
         dtype: computation dtype.
@@ -147,18 +148,13 @@ class LanguageModel(DecoderStack):
             raise ValueError(f"segment_ids must have shape {tokens.shape}, got {segment_ids.shape}")
         if positions is None:
             positions = jnp.arange(tokens.shape[1])[None]
-        policy = None
-        if self.config.remat == "keep_attention":
-            from kernels_pallas.sage_attention.vjp import RESIDUALS
-
-            policy = jax.checkpoint_policies.save_only_these_names(RESIDUALS)
         return self.run(
             self.embed(tokens),
             self.rotary(positions),
             self._attend(segment_ids),
             recompute=self.config.remat != "none",
             scan=self.config.scan,
-            policy=policy,
+            policy=_keeps(self.config.remat),
         )
 
     def _attend(self, segment_ids: Array | None) -> Attend:
@@ -167,6 +163,22 @@ class LanguageModel(DecoderStack):
         return lambda query, key, value: attend_on_mesh(
             attend, query, key, value, segment_ids, kernel=name == "int8"
         )
+
+
+def _keeps(remat: Remat) -> Policy:
+    """Returns what `jax.checkpoint` keeps of a block."""
+    if remat not in ("keep_attention", "keep_products"):
+        return None
+    from kernels_pallas.sage_attention.vjp import RESIDUALS
+
+    policies = jax.checkpoint_policies
+    keep = policies.save_from_both_policies(
+        policies.save_only_these_names(RESIDUALS),
+        lambda primitive, *_, **__: primitive.name.startswith("dot_product_attention_fwd"),
+    )
+    if remat == "keep_products":
+        keep = policies.save_from_both_policies(keep, policies.dots_with_no_batch_dims_saveable)
+    return keep
 
 
 _LLAMA = LanguageModelConfig(

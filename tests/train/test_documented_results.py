@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from train.configs import decoding_speed, stitching_speed, wan_speed
+from train.stitching_report import at_equal_cost
 
 ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "train" / "configs" / "results"
 
 
 @pytest.mark.parametrize(
@@ -21,7 +23,14 @@ ROOT = Path(__file__).parents[2]
 )
 def test_a_document_shows_the_table_of_its_records(program, document):
     name = program.__name__.rpartition(".")[2]
-    found = json.loads((ROOT / "train" / "configs" / "results" / f"{name}.json").read_text())
+    found = json.loads((RESULTS / f"{name}.json").read_text())
     records = found["records"] if isinstance(found, dict) else found
     _, *rows = program.table(records).strip().splitlines()
     assert "\n".join(rows) in (ROOT / "docs" / document).read_text()
+
+
+@pytest.mark.parametrize("prompts", ["captions", "empty"])
+def test_samplers_are_compared_as_their_records_say(prompts):
+    found = json.loads((RESULTS / f"stitching_openmoji_{prompts}.json").read_text())
+    assert found["config"]["prompts"] == prompts
+    assert at_equal_cost(found["records"]) in (ROOT / "docs" / "hybrid_stitch.md").read_text()

@@ -13,7 +13,7 @@ from jaxgen.models.attribute_classifier import AttributeClassifier, AttributeCla
 from jaxgen.pipelines import StitchedTextToImage, TextToImage, stitched_cost
 from jaxgen.sampling import Alone, HybridStitch, SRDiffusion, TStitch
 from jaxgen.text import WordTokenizer
-from train import openmoji
+from train import openmoji, stitching_report
 from train.scores import (
     AttributeScorer,
     bootstrap_interval,
@@ -103,7 +103,7 @@ def test_every_policy_is_measured_against_the_large_model(pair, scorer, emojis, 
     rows = table(records).splitlines()
     assert len(rows) == 7
     assert any(row.startswith("| HybridStitch, 22% to 52%, 30%, x0_diff |") for row in rows)
-    plot(records, tmp_path / "plot.png")
+    plot({"captions": records}, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
     json.dumps(records, allow_nan=False)
 
@@ -177,7 +177,7 @@ def test_the_shipped_models_are_the_default():
 def test_methods_are_compared_at_equal_cost():
     def record(method, policy, cost, even, odd):
         return {
-            "method": method, "policy": policy, "speed_up": cost - 0.1,
+            "method": method, "policy": policy,
             "speed_up_in_operations": cost, "distances": [even, odd] * 20,
         }  # fmt: skip
 
@@ -191,11 +191,25 @@ def test_methods_are_compared_at_equal_cost():
     ]
     rows = at_equal_cost(records).splitlines()[2:]
     assert rows == [
-        "| 1.49 | T-Stitch, 40% small | 1.39 | 0.700 (0.700 to 0.700) "
-        "| +0.200 (+0.200 to +0.200) |",
-        "| 1.52 | HybridStitch, 22% to 52%, 30%, x0_diff, text kept | 1.42 "
-        "| 0.500 (0.500 to 0.500) |  |",
+        "| 1.49 | T-Stitch, 40% small | 0.700 (0.700 to 0.700) | +0.200 (+0.200 to +0.200) |",
+        "| 1.52 | HybridStitch, 22% to 52%, 30%, x0_diff, text kept | 0.500 (0.500 to 0.500) |  |",
     ]
+
+
+def test_reports_on_earlier_runs(tmp_path, monkeypatch, capsys):
+    record = {"method": "T-Stitch", "policy": {"share": 0.4}, "speed_up_in_operations": 1.5,
+              "distance": 0.25, "distances": [0.2, 0.3] * 20, "psnr": 20.0}  # fmt: skip
+    result = {"config": {"prompts": "empty"}, "records": [record]}
+    (tmp_path / "stitching.json").write_text(json.dumps(result))
+    given = ["report", str(tmp_path / "stitching.json"), "--plot", str(tmp_path / "plot.png")]
+    monkeypatch.setattr("sys.argv", given)
+    stitching_report.main()
+    printed = capsys.readouterr().out
+    assert "prompts: empty" in printed
+    assert at_equal_cost([record]) in printed
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+    with pytest.raises(ValueError, match="at least one file"):
+        stitching_report.Report(())
 
 
 def test_every_method_has_policies_of_the_compared_costs():

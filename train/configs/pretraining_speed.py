@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import jax
 
+from jaxgen.models.language_model import Remat
 from train.language_model import train
 from train.language_model_config import Config
 
@@ -33,10 +34,8 @@ class Speed:
     """Rows of an update."""
     accumulate: int = 1
     """Parts of a batch that are computed one after the other."""
-    int8_remat: Literal["none", "block", "keep_attention"] = "none"
-    """What the backward pass of INT8 attention computes again."""
-    exact_remat: Literal["none", "block"] = "none"
-    """The same for exact attention."""
+    remat: Remat = "keep_products"
+    """What the backward pass computes again."""
     steps: int = 30
     """Steps, of which the last ten are timed."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
@@ -52,7 +51,7 @@ class Speed:
             output=output,
             model=self.model,
             attention="int8" if attention == "int8" else "exact",
-            remat=self.int8_remat if attention == "int8" else self.exact_remat,
+            remat=self.remat,
             scan=True,
             context=self.context,
             batch_size=self.batch_size,

@@ -6,11 +6,11 @@ draws with these weights says nothing, so a switch that is found while sampling 
 SRDiffusion switches half-way.
 
 Command    python -m train.configs.stitching_speed --output runs/stitching-speed.json
+               --splits 0.18 0.48 0.16 0.46 0.14 0.44
 Hardware   one H100 80 GB, jax 0.11.2
-Outcome    large alone 6.61 s a picture, small alone 2.20, T-Stitch 4.85, SRDiffusion 4.43,
-           HybridStitch by default 4.04 (1.63 times as fast), from 14 to 44 % of the steps 3.69
-           (1.79); results/stitching_speed.json. Not measured yet: hybrid steps that write keys in
-           place, and --keep-text True.
+Outcome    large alone 6.59 s a picture, small alone 2.23, T-Stitch 4.85, SRDiffusion 4.43,
+           HybridStitch by default 4.06 (1.62 times as fast), with the text kept 3.80 (1.73), from
+           16 to 46 % of the steps 3.78 (1.74) and 3.61 (1.83); results/stitching_speed.json
 """
 
 import dataclasses

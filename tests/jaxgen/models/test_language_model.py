@@ -85,7 +85,8 @@ def _gradients(model):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"remat": "block"}, {"remat": "keep_attention"}, {"scan": True}]
+    "changes",
+    [{"remat": "block"}, {"remat": "keep_attention"}, {"remat": "keep_products"}, {"scan": True}],
 )
 def test_recomputing_and_scanning_change_nothing(changes):
     options = {"attention": "int8", "num_layers": 1} if "remat" in changes else {}
@@ -105,6 +106,18 @@ def test_keeping_what_attention_needs_saves_its_forward_pass():
         return str(jax.make_jaxpr(jax.grad(loss))(state)).count("preferred_element_type=int32")
 
     assert products("none") == products("keep_attention") < products("block")
+    assert products("none") == products("keep_products")
+
+
+def test_keeping_products_computes_none_of_them_again():
+    def products(remat):
+        model = _model(num_layers=1, remat=remat)
+        graph, state = nnx.split(model)
+        loss = lambda state: jnp.sum(nnx.merge(graph, state)(TOKENS))
+        return str(jax.make_jaxpr(jax.grad(loss))(state)).count("dot_general")
+
+    # Exact attention outside cuDNN names nothing: its two products are computed again.
+    assert products("none") < products("keep_products") < products("keep_attention")
 
 
 def test_operations_are_those_that_xla_counts():
@@ -134,7 +147,10 @@ def test_presets_have_the_sizes_of_their_names(name, millions):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"remat": True}, "remat must be one of none, block, keep_attention, got True"),
+        (
+            {"remat": True},
+            "remat must be one of .*, keep_products, got True",
+        ),
         ({"num_kv_heads": 3}, "num_kv_heads must divide num_heads"),
         ({"attention": "sparse"}, "attention must be one of 'exact', 'int8', got 'sparse'"),
         ({"rope_theta": float("inf")}, "rope_theta must be a positive finite number, got inf"),
