@@ -85,6 +85,8 @@ class Config(Options):
     """Folder of a released tokenizer, or its tokenizer.json; None: bytes."""
     end_token: str | None = None
     """Token that ends a document, such as "<|endoftext|>"; None: what the folder says."""
+    vocabulary_multiple: int = 128
+    """Round the vocabulary up to a multiple of it, so that tiles of the head are whole."""
     context: int = 1024
     """Tokens of a row."""
     batch_size: int = 32
@@ -225,6 +227,7 @@ _CHOICES = {
     "export_dtype": ("float32", "bfloat16"),
 }
 _SMALLEST = {
+    "vocabulary_multiple": 1,
     "context": 1,
     "batch_size": 1,
     "accumulate": 1,

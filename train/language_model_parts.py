@@ -39,15 +39,16 @@ from train.language_model_config import MODELS, Config
 from train.state import Arrays, Loss, Skeleton
 
 _CONFIG, _WEIGHTS, _CARD = "config.json", "model.safetensors", "card.json"
-_MULTIPLE = 128  # of the vocabulary, so that tiles of the head are whole
 _MEASURED = 2  # rows on which attention is measured
 
 
 def make_tokenizer(config: Config) -> Tokenizer:
     """Return the tokenizer that the options ask for."""
     if config.tokenizer is None:
-        return ByteTokenizer(multiple_of=_MULTIPLE)
-    return ReleasedTokenizer(config.tokenizer, end_token=config.end_token, multiple_of=_MULTIPLE)
+        return ByteTokenizer(multiple_of=config.vocabulary_multiple)
+    return ReleasedTokenizer(
+        config.tokenizer, end_token=config.end_token, multiple_of=config.vocabulary_multiple
+    )
 
 
 def open_documents(config: Config, tokenizer: Tokenizer) -> Documents:

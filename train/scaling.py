@@ -56,6 +56,10 @@ def _result(case: str, record: Record) -> str:
             return f"{record['ms']:.1f} ms, relative difference {record['error']:.1e}"
         case "hybrid":
             return f"{record['seconds_a_picture']:.2f} s a picture"
+        case "losses":
+            first = f"first loss differs by {record['difference']:.1e}"
+            norm = f"its gradient's norm by {record['gradient_difference']:.1e} of it"
+            return f"{first}, {norm}, five updates later {record['later']:.1e}"
         case _:
             return f"largest difference of a loss {record['difference']:.1e}"
 

@@ -43,7 +43,7 @@ class Scaling:
     """Tokens of a row there."""
     steps: int = 30
     """Updates there, of which the last third is timed."""
-    small_model: str = "125m"
+    small_model: str = "10m"
     """Language model of "losses" and "resume"."""
     small_context: int = 1024
     """Tokens of a row there; 8 rows."""
@@ -104,7 +104,12 @@ def weak(scaling: Scaling) -> list[Record]:
 
 
 def losses(scaling: Scaling) -> list[Record]:
-    """Take a few updates with heads or tokens divided; the largest difference of a loss."""
+    """Take a few updates with heads or tokens divided, and compare losses and gradients.
+
+    Those of the first forward and backward pass agree up to rounding. Later losses move apart: in
+    its first updates Adam divides small gradients by their own size, and turns their last bits into
+    steps.
+    """
     count = scaling.devices
     ways: dict[str, dict[str, Any]] = {
         "one device": {"devices": 1},
@@ -114,10 +119,15 @@ def losses(scaling: Scaling) -> list[Record]:
     records: list[Record] = []
     for name, changes in ways.items():
         place: dict[str, Any] = {"devices": count} | changes
-        found = [row["loss"] for row in _small(scaling, 6, **place)]
-        wanted = records[0]["losses"] if records else found
-        records.append({"way": name, "devices": changes.get("devices", count), "losses": found})
-        records[-1]["difference"] = float(np.max(np.abs(np.subtract(found, wanted))))
+        rows = _small(scaling, 6, **place)
+        found, norm = [row["loss"] for row in rows], rows[0]["gradient_norm"]
+        first = records[0] if records else {"losses": found, "gradient_norm": norm}
+        apart = np.abs(np.subtract(found, first["losses"]))
+        records.append(
+            {"way": name, "devices": changes.get("devices", count), "losses": found}
+            | {"gradient_norm": norm, "difference": float(apart[0]), "later": float(apart.max())}
+            | {"gradient_difference": abs(norm / first["gradient_norm"] - 1)}
+        )
     return records
 
 

@@ -27,6 +27,9 @@ from jaxgen.layers.embeddings import position_table as position_table
 from jaxgen.layers.embeddings import sinusoid as sinusoid
 from jaxgen.layers.embeddings import unpatchify as unpatchify
 from jaxgen.layers.gathered_attention import attend_to_gathered as attend_to_gathered
+from jaxgen.layers.linear import Linear as Linear
+from jaxgen.layers.linear import add_bias as add_bias
+from jaxgen.layers.lookup import look_up as look_up
 from jaxgen.layers.mlp import ConditionEmbedding as ConditionEmbedding
 from jaxgen.layers.mlp import FeedForward as FeedForward
 from jaxgen.layers.modulation import AdaLNScaleShift as AdaLNScaleShift

@@ -16,6 +16,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Int32
 
+from jaxgen.layers.linear import Linear
 from jaxgen.layers.norms import RMSNorm
 
 AttentionName = Literal["exact", "int8"]
@@ -195,9 +196,9 @@ class HeadProjections(nnx.Module):
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"num_heads must divide dim, got num_heads={num_heads} and dim={dim}")
 
-        def linear() -> nnx.Linear:
+        def linear() -> Linear:
             dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
-            return nnx.Linear(dim, dim, kernel_init=_XAVIER, **dtypes, rngs=rngs)
+            return Linear(dim, dim, kernel_init=_XAVIER, **dtypes, rngs=rngs)
 
         def norm() -> RMSNorm | None:
             if not qk_norm:

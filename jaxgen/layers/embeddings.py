@@ -8,6 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from jaxgen.layers.linear import Linear
 from jaxgen.layers.mlp import ConditionEmbedding
 
 
@@ -110,7 +111,7 @@ class PatchEmbedding(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.patch_size, self.in_channels, self.table_size = patch_size, in_channels, table_size
-        self.projection = nnx.Linear(
+        self.projection = Linear(
             patch_size * patch_size * in_channels,
             dim,
             kernel_init=nnx.initializers.xavier_uniform(),

@@ -8,6 +8,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from jaxgen.layers.linear import Linear
+
 _XAVIER = nnx.initializers.xavier_uniform()
 
 
@@ -32,8 +34,8 @@ class FeedForward(nnx.Module):
     ):
         hidden_dim = 4 * dim if hidden_dim is None else hidden_dim
         dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
-        self.up = nnx.Linear(dim, hidden_dim, kernel_init=_XAVIER, **dtypes, rngs=rngs)
-        self.down = nnx.Linear(hidden_dim, dim, kernel_init=_XAVIER, **dtypes, rngs=rngs)
+        self.up = Linear(dim, hidden_dim, kernel_init=_XAVIER, **dtypes, rngs=rngs)
+        self.down = Linear(hidden_dim, dim, kernel_init=_XAVIER, **dtypes, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
         """Applies the branch to each token."""
@@ -61,8 +63,8 @@ class ConditionEmbedding(nnx.Module):
     ):
         init = nnx.initializers.normal(0.02)
         dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
-        self.hidden = nnx.Linear(in_dim, dim, kernel_init=init, **dtypes, rngs=rngs)
-        self.output = nnx.Linear(dim, dim, kernel_init=init, **dtypes, rngs=rngs)
+        self.hidden = Linear(in_dim, dim, kernel_init=init, **dtypes, rngs=rngs)
+        self.output = Linear(dim, dim, kernel_init=init, **dtypes, rngs=rngs)
 
     def __call__(self, x: Float[Array, "batch in_dim"]) -> Float[Array, "batch dim"]:
         """Embeds each row."""

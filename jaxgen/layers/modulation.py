@@ -13,6 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from jaxgen.layers.linear import Linear
 from jaxgen.layers.norms import layer_norm
 
 
@@ -112,9 +113,9 @@ class AdaLNScaleShift(nnx.Module):
 
 def _zero_linear(
     in_dim: int, out_dim: int, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
-) -> nnx.Linear:
+) -> Linear:
     """A linear layer that starts at zero."""
     zeros = nnx.initializers.zeros_init()
-    return nnx.Linear(
+    return Linear(
         in_dim, out_dim, kernel_init=zeros, dtype=dtype, param_dtype=param_dtype, rngs=rngs
     )

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxgen.layers import GroupNorm
+from jaxgen.layers import GroupNorm, Linear
 from jaxgen.models.fields import require_positive, set_field, set_float_dtypes
 
 _GROUPS = 8
@@ -112,9 +112,9 @@ class AttributeClassifier(nnx.Module):
             ]
         )
         self.final_norm = GroupNorm(widths[-1], _GROUPS, param_dtype=config.param_dtype)
-        self.concept = nnx.Linear(widths[-1], config.num_concepts, **options)
-        self.gender = nnx.Linear(widths[-1], config.num_genders, **options)
-        self.skin_tone = nnx.Linear(widths[-1], config.num_skin_tones, **options)
+        self.concept = Linear(widths[-1], config.num_concepts, **options)
+        self.gender = Linear(widths[-1], config.num_genders, **options)
+        self.skin_tone = Linear(widths[-1], config.num_skin_tones, **options)
 
     def features(
         self, images: Float[Array, "batch height width 3"]

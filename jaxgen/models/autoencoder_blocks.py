@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxgen.layers import GroupNorm
+from jaxgen.layers import GroupNorm, Linear
 from jaxgen.models.autoencoder_config import AutoencoderConfig
 
 QUERY_CHUNK = 1024
@@ -113,8 +113,8 @@ class PictureAttention(nnx.Module):
     """
 
     def __init__(self, channels: int, config: AutoencoderConfig, *, rngs: nnx.Rngs):
-        def linear() -> nnx.Linear:
-            return nnx.Linear(channels, channels, **config.layer_options, rngs=rngs)
+        def linear() -> Linear:
+            return Linear(channels, channels, **config.layer_options, rngs=rngs)
 
         self.norm = normalize(channels, config)
         self.query, self.key, self.value, self.output = linear(), linear(), linear(), linear()

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxgen.layers import LayerNorm, SelfAttention, scan_blocks
+from jaxgen.layers import LayerNorm, Linear, SelfAttention, scan_blocks
 from jaxgen.models.fields import require_bool, require_divides, require_positive, set_float_dtypes
 
 ActivationName = Literal["quick_gelu", "gelu"]
@@ -112,8 +112,8 @@ class CLIPTextBlock(nnx.Module):
         self.attention_norm = LayerNorm(config.width, **norm)
         self.attention = SelfAttention(config.width, config.num_heads, **options)
         self.mlp_norm = LayerNorm(config.width, **norm)
-        self.up = nnx.Linear(config.width, config.ffn_dim, kernel_init=xavier, **options)
-        self.down = nnx.Linear(config.ffn_dim, config.width, kernel_init=xavier, **options)
+        self.up = Linear(config.width, config.ffn_dim, kernel_init=xavier, **options)
+        self.down = Linear(config.ffn_dim, config.width, kernel_init=xavier, **options)
 
     def __call__(
         self, x: Float[Array, "batch tokens width"], mask: Bool[Array, "batch 1 tokens tokens"]
@@ -148,7 +148,7 @@ class CLIPText(nnx.Module):
         self.final_norm = LayerNorm(
             config.width, epsilon=config.eps, param_dtype=config.param_dtype
         )
-        self.projection = nnx.Linear(
+        self.projection = Linear(
             config.width,
             config.projection_dim,
             use_bias=False,

@@ -17,6 +17,7 @@ from jaxgen.layers import (
     attention_function,
     divide,
     linear_of,
+    look_up,
     make_blocks,
     norm_of,
     scan_blocks,
@@ -80,8 +81,8 @@ class DecoderStack(nnx.Module):
 
     def embed(self, tokens: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens width"]:
         """Returns the input embeddings of ids, in the computation dtype."""
-        table = divide(self.input_table(), "vocabulary", None)
-        return divide(jnp.take(table, tokens, axis=0), "batch", "tokens", None)
+        table = divide(self.embedding.embedding[...], "vocabulary", None)
+        return divide(look_up(table, tokens, self.config.dtype), "batch", "tokens", None)
 
     def input_table(self) -> Float[Array, "vocabulary width"]:
         """Returns the input embeddings of all tokens, in the computation dtype."""

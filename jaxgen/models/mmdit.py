@@ -25,6 +25,7 @@ from jaxgen.layers import (
     AttentionName,
     FeedForward,
     JointAttention,
+    Linear,
     PatchEmbedding,
     SelfAttention,
     TimestepTextEmbedding,
@@ -236,7 +237,7 @@ class MMDiT(nnx.Module):
             config.patch_size, config.in_channels, width, config.pos_embed_max_size, **options
         )
         self.conditioning = TimestepTextEmbedding(config.pooled_projection_dim, width, **options)
-        self.text_embedding = nnx.Linear(
+        self.text_embedding = Linear(
             config.joint_attention_dim,
             width,
             kernel_init=nnx.initializers.xavier_uniform(),
@@ -244,7 +245,7 @@ class MMDiT(nnx.Module):
         )
         self.blocks = nnx.List([MMDiTBlock(config, i, rngs=rngs) for i in range(config.num_layers)])
         self.final_modulation = AdaLNScaleShift(width, **options)
-        self.final_projection = nnx.Linear(
+        self.final_projection = Linear(
             width, config.patch_dim, kernel_init=nnx.initializers.zeros_init(), **options
         )
 

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jaxgen.layers import FeedForward, LayerNorm, SelfAttention
+from jaxgen.layers import FeedForward, LayerNorm, Linear, SelfAttention, look_up
 from jaxgen.models.fields import require_divides, require_positive, set_float_dtypes
 
 
@@ -91,8 +91,8 @@ class TextEncoder(nnx.Module):
             [TextEncoderBlock(config, rngs=rngs) for _ in range(config.num_layers)]
         )
         self.final_norm = LayerNorm(config.width, param_dtype=config.param_dtype)
-        self.context_projection = nnx.Linear(config.width, config.hidden_dim, **options)
-        self.pooled_projection = nnx.Linear(config.width, config.pooled_dim, **options)
+        self.context_projection = Linear(config.width, config.hidden_dim, **options)
+        self.pooled_projection = Linear(config.width, config.pooled_dim, **options)
 
     def __call__(
         self, tokens: Int[Array, "batch tokens"]
@@ -116,7 +116,8 @@ class TextEncoder(nnx.Module):
             raise ValueError(f"tokens must be integers, got {tokens.dtype}")
         length = tokens.shape[1]
         visible = (tokens != 0) | (jnp.arange(length) == 0)[None, :]
-        x = self.token_embedding(tokens) + self.position_embedding(jnp.arange(length))[None]
+        x = look_up(self.token_embedding.embedding[...], tokens, self.config.dtype)
+        x += self.position_embedding(jnp.arange(length))[None]
         for block in self.blocks:
             x = block(x, visible[:, None, None, :])
         x = self.final_norm(x)

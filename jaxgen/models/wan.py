@@ -24,6 +24,7 @@ from jaxgen.layers import (
     ConditionEmbedding,
     FeedForward,
     LayerNorm,
+    Linear,
     Modulation,
     RMSNorm,
     Rotary,
@@ -165,8 +166,8 @@ class WanAttention(nnx.Module):
     def __init__(self, config: WanConfig, attend: Attend, *, rngs: nnx.Rngs):
         width, options = config.width, _options(config, rngs)
 
-        def linear() -> nnx.Linear:
-            return nnx.Linear(width, width, kernel_init=_XAVIER, **options)
+        def linear() -> Linear:
+            return Linear(width, width, kernel_init=_XAVIER, **options)
 
         def norm() -> RMSNorm | None:
             if not config.qk_norm:
@@ -255,9 +256,9 @@ class WanConditioning(nnx.Module):
             config.freq_dim, width, param_dtype=config.wide_param_dtype, rngs=rngs
         )
         wide: dict[str, Any] = options | {"dtype": jnp.float32}
-        self.projection = nnx.Linear(width, 6 * width, kernel_init=_XAVIER, **wide)
-        self.text_hidden = nnx.Linear(config.text_dim, width, kernel_init=small, **options)
-        self.text_output = nnx.Linear(width, width, kernel_init=small, **options)
+        self.projection = Linear(width, 6 * width, kernel_init=_XAVIER, **wide)
+        self.text_hidden = Linear(config.text_dim, width, kernel_init=small, **options)
+        self.text_output = Linear(width, width, kernel_init=small, **options)
 
     def __call__(
         self, timestep: Float[Array, " batch"], context: Float[Array, "batch text_tokens text_dim"]
@@ -295,7 +296,7 @@ class Wan(nnx.Module):
     ):
         options, width = _options(config, rngs), config.width
         self.config = config
-        self.patch_embedding = nnx.Linear(
+        self.patch_embedding = Linear(
             config.patch_pixels * config.in_channels, width, kernel_init=_XAVIER, **options
         )
         self.conditioning = WanConditioning(config, rngs=rngs)
@@ -304,7 +305,7 @@ class Wan(nnx.Module):
         ]
         self.blocks = nnx.List(blocks)
         self.table = _table(2, config, rngs)
-        self.final_projection = nnx.Linear(
+        self.final_projection = Linear(
             width,
             config.patch_pixels * (config.out_channels or config.in_channels),
             kernel_init=nnx.initializers.zeros_init(),

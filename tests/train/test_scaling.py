@@ -43,20 +43,26 @@ def test_speeds_and_losses_are_compared_with_one_device(monkeypatch):
         speed = 100 if config.devices == 1 else 190 - 10 * config.fsdp
         loss = 2.0 + (config.tensor - 1) / 100 - (config.context_parallel - 1) / 1000
         row = {"step": 1, "tokens_per_second": speed, "mfu": 0.5, "loss": loss}
-        return type("Finished", (), {"rows": [row]})
+        row["gradient_norm"] = 5.0 * config.tensor
+        return type("Finished", (), {"rows": [row, row | {"loss": 2 * loss}]})
 
     monkeypatch.setattr(scaling_cases, "train", train)
     found = dict(measure(Scaling(cases=("weak", "losses"))))
     assert [record["of_ideal"] for record in found["weak"]] == [1.0, 0.9, 0.85]
     assert [config.batch_size for config in seen[:3]] == [8, 16, 16]
-    assert [config.model for config in seen] == ["325m"] * 3 + ["125m"] * 3
+    assert [config.model for config in seen] == ["325m"] * 3 + ["10m"] * 3
     differences = [record["difference"] for record in found["losses"]]
     assert differences == pytest.approx([0, 0.01, 0.001])
+    assert [record["later"] for record in found["losses"]] == pytest.approx([0, 0.02, 0.002])
+    assert [record["gradient_difference"] for record in found["losses"]] == [0, 1, 0]
     rows = table(found).splitlines()[2:]
     assert rows[1] == (
         "| as many rows a device | data parallel | 2 | 180 tokens/s, 90.0% of devices x one |"
     )
-    assert rows[4].endswith("| tensor parallel | 2 | largest difference of a loss 1.0e-02 |")
+    assert rows[4].endswith(
+        "| tensor parallel | 2 | first loss differs by 1.0e-02, its gradient's norm by 1.0e+00 of "
+        "it, five updates later 2.0e-02 |"
+    )
 
 
 def test_the_small_model_moves_to_another_device(monkeypatch):
