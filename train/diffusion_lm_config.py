@@ -28,6 +28,15 @@ MODELS: Mapping[str, DiffusionLMConfig] = MappingProxyType(
             ffn_dim=384,
             **_COMMON,
         ),
+        "medium": DiffusionLMConfig(
+            num_layers=6,
+            width=256,
+            num_heads=4,
+            num_kv_heads=4,
+            head_dim=64,
+            ffn_dim=704,
+            **_COMMON,
+        ),
         "base": DiffusionLMConfig(
             num_layers=6,
             width=384,
@@ -39,7 +48,7 @@ MODELS: Mapping[str, DiffusionLMConfig] = MappingProxyType(
         ),
     }
 )
-"""Models for problems: 0.1, 0.9 and 10.6 million parameters."""
+"""Models for problems: 0.1, 0.9, 4.8 and 10.6 million parameters."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +91,8 @@ class Config(Options):
 
     # --- model ---
     model: str = "base"
-    """Preset: base (10.6 million parameters), small (0.9) or tiny (0.1); for --task text that of
-    --start-from is taken."""
+    """Preset: base (10.6 million parameters), medium (4.8), small (0.9) or tiny (0.1); for
+    --task text that of --start-from is taken."""
     attention: Literal["exact", "int8"] = "exact"
     """Arithmetic of the attention of --sight bidirectional; block_causal is exact always."""
     start_from: Path | None = None

@@ -209,6 +209,7 @@ def test_the_models_have_the_sizes_that_the_help_names():
     }
     assert sizes["tiny"] == pytest.approx(0.08e6, rel=0.1)
     assert sizes["small"] == pytest.approx(0.86e6, rel=0.05)
+    assert sizes["medium"] == pytest.approx(4.8e6, rel=0.01)
     assert sizes["base"] == pytest.approx(10.6e6, rel=0.02)
 
 
