@@ -72,7 +72,7 @@ class Config(Options):
     """Dtype of the computation; parameters, norms, loss and optimizer are float32 always."""
     remat: Remat = "none"
     """What the backward pass computes again to save memory: all of a block; keep_attention, all but
-    attention; keep_products, only what is cheap, which already needs a third of the memory."""
+    attention; keep_products, only what is cheap, which is most of the memory."""
     scan: bool = False
     """Compile one block and loop over the weights of all."""
 

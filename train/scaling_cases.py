@@ -19,7 +19,7 @@ from jaxgen.layers import attend_to_gathered
 from kernels_pallas import sage_attention
 from train.configs import stitching_speed
 from train.language_model import train
-from train.language_model_config import Config
+from train.language_model_config import MODELS, Config
 from train.metrics import Row
 
 type Record = dict[str, Any]
@@ -70,6 +70,12 @@ class Scaling:
         if not 1 < self.devices <= jax.device_count():
             raise ValueError(
                 f"devices must be from 2 to the {jax.device_count()} of this machine, "
+                f"got {self.devices}"
+            )
+        heads = MODELS[self.small_model].num_kv_heads
+        if heads % self.devices:
+            raise ValueError(
+                f"devices must divide the key heads of small_model={self.small_model}, {heads}, "
                 f"got {self.devices}"
             )
         if self.long_context % self.devices or 8 % self.devices:
@@ -125,7 +131,7 @@ def losses(scaling: Scaling) -> list[Record]:
         apart = np.abs(np.subtract(found, first["losses"]))
         records.append(
             {"way": name, "devices": changes.get("devices", count), "losses": found}
-            | {"gradient_norm": norm, "difference": float(apart[0]), "later": float(apart.max())}
+            | {"gradient_norm": norm, "difference": float(apart[0]), "later": float(apart[-1])}
             | {"gradient_difference": abs(norm / first["gradient_norm"] - 1)}
         )
     return records

@@ -94,7 +94,7 @@ class Config:
         ]
         kept = [
             HybridStitch(0.2, end, share, score="model_diff", keep_text=True)
-            for end, share in ((0.94, 0.3), (0.6, 0.5), (0.86, 0.5))
+            for end, share in ((0.88, 0.3), (0.6, 0.5), (0.86, 0.5))
         ]
         return (*whole, *stitched, *rendered, SRDiffusion(), *hybrid, *kept)
 

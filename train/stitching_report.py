@@ -158,7 +158,7 @@ def main() -> None:
     runs = {}
     for path in report.results:
         result = json.loads(path.read_text(encoding="utf-8"))
-        title = f"prompts: {result['config']['prompts']}"
+        title = f"{path.stem}, prompts: {result['config']['prompts']}"
         runs[title] = result["records"]
         print(f"{title}\n\n{at_equal_cost(result['records'])}")
     if report.plot:

@@ -57,7 +57,7 @@ def block_diffusion_attention(
         [array[:, part] for array in (query, key, value)]
         for part in (slice(half), slice(half, None))
     )
-    # Keys are padded like queries: GPUs are slow where a row of scores is no multiple of 16 bytes.
+    # Keys are padded like queries: GPUs are slow where rows of scores have odd sizes.
     noisy, clean = ([jnp.pad(array, missing) for array in arrays] for arrays in (noisy, clean))
 
     def attend(first: Array, extent: int) -> tuple[Array, Array]:

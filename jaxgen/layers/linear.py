@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -11,40 +10,27 @@ from jaxtyping import Array, Float
 class Linear(nnx.Linear):
     """`nnx.Linear`, except that a bias's gradient, a sum over all tokens, is float32 on its way.
 
-    XLA sums 16 bits in 16 bits: over 65,536 tokens a CPU gets a mean wrong by half of it. Results
-    are those of `nnx.Linear`, whose arguments it takes.
+    XLA sums 16 bits in 16 bits. Results are those of `nnx.Linear`, whose arguments it takes.
     """
 
     def __call__(
         self, inputs: Float[Array, "*batch in_features"], out_sharding: Any = None
     ) -> Float[Array, "*batch out_features"]:
         """Applies the layer to the last axis."""
-        inputs, kernel = self.promote_dtype((inputs, self.kernel[...]), dtype=self.dtype)
-        out = self.dot_general(
-            inputs,
-            kernel,
-            (((inputs.ndim - 1,), (0,)), ((), ())),
-            precision=self.precision,
-            out_sharding=out_sharding,
-        )
-        return out if self.bias is None else add_bias(out, self.bias[...])
+        bias = None if self.bias is None else self.bias[...]
+        inputs, kernel, _ = self.promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
+        options: dict[str, Any] = {"precision": self.precision, "out_sharding": out_sharding}
+        if self.preferred_element_type is not None:
+            options["preferred_element_type"] = self.preferred_element_type
+        out = self.dot_general(inputs, kernel, (((inputs.ndim - 1,), (0,)), ((), ())), **options)
+        return out if bias is None else add_bias(out, bias)
 
 
-@jax.custom_vjp
 def add_bias(
     x: Float[Array, "*batch features"], bias: Float[Array, " features"]
 ) -> Float[Array, "*batch features"]:
     """Returns x + bias in the dtype of `x`; the bias's gradient is summed in float32."""
-    return x + bias.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
-
-
-def _forward(x: Array, bias: Array) -> tuple[Array, Array]:
-    return add_bias(x, bias), jnp.zeros((0,), bias.dtype)
-
-
-def _backward(like: Array, gradient: Array) -> tuple[Array, Array]:
-    summed = jnp.sum(gradient.astype(jnp.float32), axis=range(gradient.ndim - 1))
-    return gradient, summed.astype(like.dtype)
-
-
-add_bias.defvjp(_forward, _backward)
+    wide = bias.astype(jnp.float32) if bias.dtype.itemsize < 4 else bias
+    # Rounded after it is spread, so that gradients are widened before they are summed.
+    spread = jnp.broadcast_to(wide.reshape((1,) * (x.ndim - 1) + (-1,)), x.shape)
+    return x + spread.astype(x.dtype)

@@ -45,8 +45,8 @@ class LanguageModelConfig:
         smooth_queries: it quantizes queries less their mean, too, without kernels; for experiments.
         remat: what the backward pass computes again: "none"; "block", everything from the input of
             each block; "keep_attention", all but what attention keeps for itself, its dearest part
-            (exact attention: cuDNN's alone); "keep_products", neither that nor products with
-            weights, so what is left costs next to nothing and still is most of the memory.
+            (exact attention: cuDNN's alone); "keep_products", all but that and the products with
+            weights: what is left costs next to nothing and is most of the memory.
         scan: compile one block and loop over the weights of all, which are copied together first;
             compiling then takes seconds at any depth.
         dtype: computation dtype.

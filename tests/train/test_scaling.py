@@ -44,7 +44,7 @@ def test_speeds_and_losses_are_compared_with_one_device(monkeypatch):
         loss = 2.0 + (config.tensor - 1) / 100 - (config.context_parallel - 1) / 1000
         row = {"step": 1, "tokens_per_second": speed, "mfu": 0.5, "loss": loss}
         row["gradient_norm"] = 5.0 * config.tensor
-        return type("Finished", (), {"rows": [row, row | {"loss": 2 * loss}]})
+        return type("Finished", (), {"rows": [row, row | {"loss": loss / 2}]})
 
     monkeypatch.setattr(scaling_cases, "train", train)
     found = dict(measure(Scaling(cases=("weak", "losses"))))
@@ -53,7 +53,7 @@ def test_speeds_and_losses_are_compared_with_one_device(monkeypatch):
     assert [config.model for config in seen] == ["325m"] * 3 + ["10m"] * 3
     differences = [record["difference"] for record in found["losses"]]
     assert differences == pytest.approx([0, 0.01, 0.001])
-    assert [record["later"] for record in found["losses"]] == pytest.approx([0, 0.02, 0.002])
+    assert [record["later"] for record in found["losses"]] == pytest.approx([0, 0.005, 0.0005])
     assert [record["gradient_difference"] for record in found["losses"]] == [0, 1, 0]
     rows = table(found).splitlines()[2:]
     assert rows[1] == (
@@ -61,7 +61,7 @@ def test_speeds_and_losses_are_compared_with_one_device(monkeypatch):
     )
     assert rows[4].endswith(
         "| tensor parallel | 2 | first loss differs by 1.0e-02, its gradient's norm by 1.0e+00 of "
-        "it, five updates later 2.0e-02 |"
+        "it, five updates later 5.0e-03 |"
     )
 
 
@@ -91,6 +91,7 @@ def test_the_small_model_moves_to_another_device(monkeypatch):
         ({"cases": ("strong",)}, r"cases must be among weak, losses, .*, got \['strong'\]"),
         ({"devices": 1}, "devices must be from 2 to the 4 of this machine, got 1"),
         ({"devices": 9}, "devices must be from 2 to the 4 of this machine, got 9"),
+        ({"devices": 4}, "devices must divide the key heads of small_model=10m, 6, got 4"),
         ({"long_context": 255}, "devices must divide long_context=255 and 8 rows, got 2"),
     ],
 )

@@ -205,7 +205,7 @@ def test_reports_on_earlier_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", given)
     stitching_report.main()
     printed = capsys.readouterr().out
-    assert "prompts: empty" in printed
+    assert "stitching, prompts: empty" in printed
     assert at_equal_cost([record]) in printed
     assert (tmp_path / "plot.png").stat().st_size > 10_000
     with pytest.raises(ValueError, match="at least one file"):

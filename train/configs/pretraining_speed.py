@@ -3,9 +3,9 @@
 Command    python -m train.configs.pretraining_speed --help
            python -m train.configs.pretraining_speed --json pretraining_speed.json
 Hardware   one H100 80 GB, jax 0.11.2
-Outcome    An earlier version, which looped over the blocks and had 384 tokens: exact attention
-           157,503 tokens/s (MFU 34.1 %), INT8 145,047 (31.4 %), so 0.92 times as fast; with nothing
-           recomputed in four parts of a batch 117,005 and 112,829. This version was not measured.
+Outcome    An earlier version, which looped over the blocks and had a vocabulary of 384:
+           exact attention 157,503 tokens/s (MFU 34.1 %), INT8 145,047 (31.4 %), so 0.92 times as
+           fast; results/pretraining_speed.json. This version was not measured.
 
 The text is bytes, in a vocabulary as large as the preset's, 50,304, so that the head costs what it
 costs. Tokens attend to the documents before theirs, as in SageBwd's experiments: a mask between
@@ -20,10 +20,9 @@ from typing import Any, Literal
 
 import jax
 
-from jaxgen.models import LANGUAGE_MODEL_PRESETS
 from jaxgen.models.language_model import Remat
 from train.language_model import train
-from train.language_model_config import Config
+from train.language_model_config import MODELS, Config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Speed:
             attention="int8" if attention == "int8" else "exact",
             remat=self.remat,
             scan=self.scan,
-            vocabulary_multiple=LANGUAGE_MODEL_PRESETS[self.model].vocabulary_size,
+            vocabulary_multiple=MODELS[self.model].vocabulary_size,
             context=self.context,
             batch_size=self.batch_size,
             accumulate=self.accumulate,

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -117,7 +118,26 @@ def test_keeping_products_computes_none_of_them_again():
         return str(jax.make_jaxpr(jax.grad(loss))(state)).count("dot_general")
 
     # Exact attention outside cuDNN names nothing: its two products are computed again.
-    assert products("none") < products("keep_products") < products("keep_attention")
+    assert products("none") + 2 == products("keep_products") < products("keep_attention")
+
+
+def test_keeping_products_keeps_what_cudnn_attention_needs(monkeypatch):
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda *_: True)
+    monkeypatch.setattr("jaxgen.layers.attention._many_scores", lambda *_: True)
+
+    def forward_passes(remat):
+        model = _model(num_layers=1, remat=remat, dtype=jnp.bfloat16)
+        graph, state = nnx.split(model)
+        loss = lambda state: jnp.sum(nnx.merge(graph, state)(TOKENS))
+        text = str(jax.make_jaxpr(jax.grad(loss))(state))
+        return len(re.findall(r"= dot_product_attention_fwd\w*\[", text))
+
+    assert forward_passes("none") == forward_passes("keep_products") == 1
+    assert forward_passes("keep_attention") == 1
+    assert forward_passes("block") == 2
 
 
 def test_operations_are_those_that_xla_counts():
