@@ -28,6 +28,17 @@ MODELS: Mapping[str, LanguageModelConfig] = MappingProxyType(
 """The presets, and one to try out a command with."""
 
 
+def preset(model: str) -> LanguageModelConfig:
+    """Return the configuration of a preset.
+
+    Raises:
+        ValueError: There is none of this name.
+    """
+    if model not in MODELS:
+        raise ValueError(f"model must be one of {', '.join(MODELS)}, got {model!r}")
+    return MODELS[model]
+
+
 @dataclass(frozen=True)
 class Config(Options):
     """Pretrain a language model, with attention in bfloat16 or in INT8 (SageBwd).
@@ -181,8 +192,7 @@ class Config(Options):
     """First and last step of a trace in the folder profile, for ui.perfetto.dev or TensorBoard."""
 
     def __post_init__(self):
-        if self.model not in MODELS:
-            raise ValueError(f"model must be one of {', '.join(MODELS)}, got {self.model!r}")
+        preset(self.model)
         self.check(
             choices=_CHOICES,
             smallest=_SMALLEST,

@@ -35,7 +35,7 @@ from train.corpus import (
     open_source,
     python_sources,
 )
-from train.language_model_config import MODELS, Config
+from train.language_model_config import Config, preset
 from train.state import Arrays, Loss, Skeleton
 
 _CONFIG, _WEIGHTS, _CARD = "config.json", "model.safetensors", "card.json"
@@ -62,7 +62,7 @@ def open_documents(config: Config, tokenizer: Tokenizer) -> Documents:
 def model_config(config: Config, vocabulary_size: int) -> LanguageModelConfig:
     """Return the model's configuration."""
     return dataclasses.replace(
-        MODELS[config.model],
+        preset(config.model),
         vocabulary_size=vocabulary_size,
         max_tokens=config.context,
         attention=config.attention,

@@ -19,7 +19,7 @@ from jaxgen.layers import attend_to_gathered
 from kernels_pallas import sage_attention
 from train.configs import stitching_speed
 from train.language_model import train
-from train.language_model_config import MODELS, Config
+from train.language_model_config import Config, preset
 from train.metrics import Row
 
 type Record = dict[str, Any]
@@ -72,7 +72,7 @@ class Scaling:
                 f"devices must be from 2 to the {jax.device_count()} of this machine, "
                 f"got {self.devices}"
             )
-        heads = MODELS[self.small_model].num_kv_heads
+        heads = preset(self.small_model).num_kv_heads
         if heads % self.devices:
             raise ValueError(
                 f"devices must divide the key heads of small_model={self.small_model}, {heads}, "

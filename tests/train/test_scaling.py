@@ -91,6 +91,7 @@ def test_the_small_model_moves_to_another_device(monkeypatch):
         ({"cases": ("strong",)}, r"cases must be among weak, losses, .*, got \['strong'\]"),
         ({"devices": 1}, "devices must be from 2 to the 4 of this machine, got 1"),
         ({"devices": 9}, "devices must be from 2 to the 4 of this machine, got 9"),
+        ({"small_model": "9m"}, "model must be one of 10m, .*, got '9m'"),
         ({"devices": 4}, "devices must divide the key heads of small_model=10m, 6, got 4"),
         ({"long_context": 255}, "devices must divide long_context=255 and 8 rows, got 2"),
     ],

@@ -22,7 +22,7 @@ import jax
 
 from jaxgen.models.language_model import Remat
 from train.language_model import train
-from train.language_model_config import MODELS, Config
+from train.language_model_config import Config, preset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Speed:
             attention="int8" if attention == "int8" else "exact",
             remat=self.remat,
             scan=self.scan,
-            vocabulary_multiple=MODELS[self.model].vocabulary_size,
+            vocabulary_multiple=preset(self.model).vocabulary_size,
             context=self.context,
             batch_size=self.batch_size,
             accumulate=self.accumulate,

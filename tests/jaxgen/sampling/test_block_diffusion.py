@@ -206,7 +206,8 @@ def test_an_answer_ends_at_its_stop_token_and_not_at_one_of_the_prompt():
 def test_masks_in_a_prompt_are_left_alone():
     """A user's text may name the token, and neither gets a prediction nor a residual."""
     prompts = prompts_of(7)
-    prompts[:, [1, 2, 7, 8]] = MASK
+    # Not in the prompt of one token: all positions would be alike, and rounding would choose.
+    prompts[1:, [0, 2, 7, 8]] = MASK
     for name in ("causal, residual", "residual", "dual"):
         found = compare(CASES[name], prompts)
         assert (found.steps > 0).all()
