@@ -235,7 +235,7 @@ def test_main_exits_with_the_signal(monkeypatch, first):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "llada"}, "model must be one of tiny, small, base, got 'llada'"),
+        ({"model": "llada"}, "model must be one of tiny, small, medium, base, got 'llada'"),
         ({"levels": (9,)}, r"levels of arithmetic must be some of .* got \(9,\)"),
         ({"sight": "causal"}, "sight must be one of block_causal, bidirectional, got 'causal'"),
         ({"block_length": 0}, "block_length must be a positive int, got 0"),

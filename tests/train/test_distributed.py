@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
 def options(folder, output):
     return Config(
         output=folder / output, data=folder / "text", model="tiny", precision="float32",
-        context=32, batch_size=8, steps=STEPS, warmup_steps=2, learning_rate=1e-2, held_out=0.2,
+        context=32, batch_size=8, steps=STEPS, warmup_steps=2, learning_rate=3e-3, held_out=0.2,
         log_every=5, save_every=20, validate_every=80, validation_batches=2, fsdp=2,
     )  # fmt: skip
 
