@@ -123,7 +123,7 @@ def test_the_host_holds_about_one_array_more_than_the_model(tmp_path):
         finally:
             tracemalloc.stop()
         print(f"{peak / 1e6:.1f} MB of {total / 1e6:.1f} MB, largest {LARGEST / 1e6:.1f} MB")
-        # JAX lets go of what it copied a little later: on a busy machine up to eight were still there.
+        # JAX lets go of what it copied a little later: up to eight arrays on a busy machine.
         assert peak < 16 * LARGEST < total / 3
 
 
