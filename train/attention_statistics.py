@@ -216,10 +216,11 @@ def _loss_gradient(
     """The gradient of the loss with respect to the last block's output."""
     model: LanguageModel = nnx.merge(graph, weights)
     share = rows["weights"] / jnp.maximum(rows["weights"].sum(), 1.0)
+    table, axis = model.output_table()
 
     def loss(x: Array) -> Array:
         hidden = model.final_norm(x)
-        return weighted_cross_entropy(model.logits, hidden, rows["targets"], share, chunk=chunk)
+        return weighted_cross_entropy(hidden, table, rows["targets"], share, axis=axis, chunk=chunk)
 
     return jax.grad(loss)(x)
 

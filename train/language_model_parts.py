@@ -90,7 +90,10 @@ def make_loss(skeleton: Skeleton, *, across_documents: bool, chunk: int) -> Loss
         inside = {} if across_documents else _inside(batch)
         hidden = model.hidden(batch["tokens"], **inside)
         weights = batch["weights"] / jnp.maximum(batch["weights"].sum(), 1.0)
-        return weighted_cross_entropy(model.logits, hidden, batch["targets"], weights, chunk=chunk)
+        table, axis = model.output_table()
+        return weighted_cross_entropy(
+            hidden, table, batch["targets"], weights, axis=axis, chunk=chunk
+        )
 
     return loss
 

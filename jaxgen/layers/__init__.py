@@ -27,6 +27,8 @@ from jaxgen.layers.embeddings import position_table as position_table
 from jaxgen.layers.embeddings import sinusoid as sinusoid
 from jaxgen.layers.embeddings import unpatchify as unpatchify
 from jaxgen.layers.gathered_attention import attend_to_gathered as attend_to_gathered
+from jaxgen.layers.head import float32_logits as float32_logits
+from jaxgen.layers.head import logits_gradients as logits_gradients
 from jaxgen.layers.linear import Linear as Linear
 from jaxgen.layers.linear import add_bias as add_bias
 from jaxgen.layers.lookup import look_up as look_up
@@ -45,6 +47,7 @@ from jaxgen.layers.partitioning import MESH_AXES as MESH_AXES
 from jaxgen.layers.partitioning import attend_on_mesh as attend_on_mesh
 from jaxgen.layers.partitioning import divide as divide
 from jaxgen.layers.partitioning import partition_spec as partition_spec
+from jaxgen.layers.partitioning import vary_alike as vary_alike
 from jaxgen.layers.rotary import Rotary as Rotary
 from jaxgen.layers.rotary import rotate as rotate
 from jaxgen.layers.rotary import rotate_halves as rotate_halves

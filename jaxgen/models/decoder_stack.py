@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -16,6 +15,7 @@ from jaxgen.layers import (
     Rotary,
     attention_function,
     divide,
+    float32_logits,
     linear_of,
     look_up,
     make_blocks,
@@ -121,16 +121,15 @@ class DecoderStack(nnx.Module):
                 x = call(block, x)
         return self.final_norm(x)
 
+    def output_table(self) -> tuple[Float[Array, "first second"], int]:
+        """Returns the head, and which of its axes is the width."""
+        if self.head is None:
+            return self.embedding.embedding[...], 1
+        return self.head.kernel[...], 0
+
     def logits(self, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch vocabulary"]:
         """Returns the float32 logits of tokens after the final norm."""
-        table = self.embedding.embedding if self.head is None else self.head.kernel
-        axis = 1 if self.head is None else 0
-        return jax.lax.dot_general(
-            hidden,
-            table[...].astype(hidden.dtype),
-            (((hidden.ndim - 1,), (axis,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )
+        return float32_logits(hidden, *self.output_table())
 
 
 def _recomputed(

@@ -9,6 +9,7 @@ from jaxgen.sampling.block_diffusion import decode as decode
 from jaxgen.sampling.block_diffusion import decode_steps as decode_steps
 from jaxgen.sampling.block_diffusion import left_aligned as left_aligned
 from jaxgen.sampling.block_passes import DecodingState as DecodingState
+from jaxgen.sampling.cross_entropy import weighted_cross_entropy as weighted_cross_entropy
 from jaxgen.sampling.euler import VelocityFunction as VelocityFunction
 from jaxgen.sampling.euler import euler_sample as euler_sample
 from jaxgen.sampling.flow_matching import LogitNormal as LogitNormal
@@ -23,7 +24,6 @@ from jaxgen.sampling.masked_diffusion import MaskedDiffusion as MaskedDiffusion
 from jaxgen.sampling.masked_diffusion import Noised as Noised
 from jaxgen.sampling.masked_diffusion import diffusion_lm_loss as diffusion_lm_loss
 from jaxgen.sampling.masked_diffusion import mask_tokens as mask_tokens
-from jaxgen.sampling.masked_diffusion import weighted_cross_entropy as weighted_cross_entropy
 from jaxgen.sampling.regions import active_count as active_count
 from jaxgen.sampling.residual_context import Int8Table as Int8Table
 from jaxgen.sampling.residual_context import Residual as Residual

@@ -10,7 +10,6 @@ there (RCD, arXiv:2601.22954, algorithm 1): one plain pass of that model, no unr
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -20,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32, PRNGKeyArray
 from jaxgen.layers import block_diffusion_attention
 from jaxgen.models.diffusion_lm import DiffusionLM
 from jaxgen.sampling.block_decoder import Sight
+from jaxgen.sampling.cross_entropy import over_chunks, weighted_cross_entropy
 from jaxgen.sampling.residual_context import Residual, ResidualContext, mix_residual
 
 Average = Literal["row", "token"]
@@ -163,34 +163,8 @@ def diffusion_lm_loss(
         weights /= jnp.maximum(learned.sum(axis=1, keepdims=True), 1.0) * len(tokens)
     else:
         weights /= jnp.maximum(learned.sum(), 1.0)
-    return weighted_cross_entropy(model.logits, hidden, tokens, weights, chunk=training.chunk)
-
-
-def weighted_cross_entropy(
-    logits: Callable[[Array], Array],
-    hidden: Float[Array, "batch tokens width"],
-    targets: Int[Array, "batch tokens"],
-    weights: Float[Array, "batch tokens"],
-    *,
-    chunk: int = 2048,
-) -> Float[Array, ""]:
-    """Sums weighted cross entropies without the logits of all positions at a time.
-
-    Args:
-        logits: computes logits of some positions, (positions, width) to (positions, vocabulary).
-        hidden: what it takes.
-        targets: the right tokens.
-        weights: of each position.
-        chunk: about how many positions at a time, at least one of each row; their logits are
-            computed again in the backward pass.
-    """
-
-    def part(hidden: Array, targets: Array, weights: Array) -> Array:
-        scores = logits(hidden).astype(jnp.float32)
-        right = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
-        return jnp.sum(weights * (jax.nn.logsumexp(scores, axis=-1) - right))
-
-    return jnp.sum(_over_chunks(part, chunk, hidden, targets, weights))
+    table, axis = model.output_table()
+    return weighted_cross_entropy(hidden, table, tokens, weights, axis=axis, chunk=training.chunk)
 
 
 def _predicted(
@@ -206,25 +180,5 @@ def _predicted(
         logits = jax.lax.stop_gradient(reference.logits(known))
         return settings.residual(logits, table, model.config.mask_id)
 
-    def in_order(parts: Array) -> Array:
-        return jnp.moveaxis(parts, 0, 2).reshape(rows, -1, *parts.shape[3:])[:, :length]
-
-    rows, length, _ = known.shape
-    return jax.tree.map(in_order, _over_chunks(part, training.chunk, known))
-
-
-def _over_chunks(function: Callable, chunk: int, *arrays: Array):
-    """Maps over parts of the tokens of all rows, the last ones padded; results are stacked.
-
-    Neighboring tokens go to different parts, so that each part lies on all devices, as the arrays
-    do, whether rows or tokens are divided between them.
-    """
-    rows, length = arrays[0].shape[:2]
-    parts = min(length, -(-rows * length // chunk))
-    missing = -length % parts
-
-    def cut(array: Array) -> Array:
-        padded = jnp.pad(array, ((0, 0), (0, missing), *((0, 0),) * (array.ndim - 2)))
-        return jnp.moveaxis(padded.reshape(rows, -1, parts, *array.shape[2:]), 2, 0)
-
-    return jax.lax.map(lambda x: jax.checkpoint(function)(*x), tuple(map(cut, arrays)))
+    # Probabilities are computed again in the backward pass rather than kept.
+    return over_chunks(jax.checkpoint(part), training.chunk, known)

@@ -121,7 +121,8 @@ def test_each_layer_gets_its_own_gradient(attention):
         )
         weights = batch["weights"] / batch["weights"].sum()
         arrays = map(jnp.asarray, (batch["targets"], weights))
-        return weighted_cross_entropy(model.logits, hidden, *arrays, chunk=4096)
+        table, axis = model.output_table()
+        return weighted_cross_entropy(hidden, table, *arrays, axis=axis, chunk=4096)
 
     wanted = jax.jit(jax.grad(loss))([jnp.zeros((2, TOKENS, 4, 16))] * 2)
     norm = np.linalg.norm

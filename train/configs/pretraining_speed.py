@@ -41,6 +41,8 @@ class Speed:
     """What the backward pass computes again."""
     scan: bool = False
     """Loop over the blocks: compiles sooner, but copies what the backward pass needs."""
+    chunk: int = 8192
+    """Positions whose logits are computed at a time."""
     steps: int = 30
     """Steps, of which the last ten are timed."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
@@ -58,6 +60,7 @@ class Speed:
             attention="int8" if attention == "int8" else "exact",
             remat=self.remat,
             scan=self.scan,
+            chunk=self.chunk,
             vocabulary_multiple=preset(self.model).vocabulary_size,
             context=self.context,
             batch_size=self.batch_size,

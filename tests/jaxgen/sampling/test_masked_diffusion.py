@@ -16,7 +16,6 @@ from jaxgen.sampling import (
     ResidualContext,
     diffusion_lm_loss,
     mask_tokens,
-    weighted_cross_entropy,
 )
 
 MASK = 12
@@ -183,28 +182,6 @@ def test_the_vector_passes_a_gradient_to_the_embeddings_unless_stopped(models):
     assert unseen.size, "the test needs a token that no input holds"
     assert not rows[True][unseen].any()
     assert (np.abs(rows[False][unseen]).max(axis=1) > 1e-6).all()
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 30, 31])
-def test_chunks_change_neither_loss_nor_gradients(models, chunk):
-    model, _ = models
-    hidden = jax.random.normal(KEY, (3, 10, 16))
-    weights = jax.random.uniform(jax.random.key(6), (3, 10))
-    graph, state = nnx.split(model)
-
-    def total(state, hidden, chunk):
-        logits = nnx.merge(graph, state).logits
-        return weighted_cross_entropy(logits, hidden, TOKENS, weights, chunk=chunk)
-
-    run = jax.jit(jax.value_and_grad(total, argnums=(0, 1)), static_argnums=2)
-    expected, wanted = run(state, hidden, 1000)
-    value, gradients = run(state, hidden, chunk)
-    terms = _cross_entropy(model.logits(hidden), TOKENS)
-    np.testing.assert_allclose(expected, (terms * weights).sum(), rtol=1e-5)
-    np.testing.assert_allclose(value, expected, rtol=1e-5)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradients, wanted
-    )
 
 
 def test_refuses_a_reference_without_residual_and_the_reverse(models):
