@@ -47,7 +47,6 @@ from jaxgen.layers.partitioning import MESH_AXES as MESH_AXES
 from jaxgen.layers.partitioning import attend_on_mesh as attend_on_mesh
 from jaxgen.layers.partitioning import divide as divide
 from jaxgen.layers.partitioning import partition_spec as partition_spec
-from jaxgen.layers.partitioning import vary_alike as vary_alike
 from jaxgen.layers.rotary import Rotary as Rotary
 from jaxgen.layers.rotary import rotate as rotate
 from jaxgen.layers.rotary import rotate_halves as rotate_halves

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxgen.layers.partitioning import vary_alike
+from kernels_pallas.varying import varying_like
 
 
 def float32_logits(
@@ -15,14 +15,16 @@ def float32_logits(
     """Returns the products of tokens and a table, which are not rounded.
 
     The gradient of the logits is rounded to the dtype of `hidden` like that of any other layer.
-    JAX's own rule would multiply it in float32, at half the speed or less of 16 bits.
+    JAX's own rule would multiply it in float32, at half the speed or less of 16 bits. There is no
+    forward-mode derivative.
 
     Args:
         hidden: any float dtype; the table is rounded to it.
         table: any float dtype, which its gradient has, too, rounded once.
         axis: which of its axes is the width: 1 for embeddings, 0 for the kernel of a layer.
     """
-    return _logits(*vary_alike(hidden, table), axis)
+    hidden, table = varying_like((hidden, table), (hidden, table))
+    return _logits(hidden, table, axis)
 
 
 def logits_gradients(

@@ -114,17 +114,3 @@ def attend_on_mesh(
     query, key, value = (divide(x, *names) for x in (query, key, value))
     segment_ids = None if segment_ids is None else divide(segment_ids, "batch", None)
     return divide(divide(attend(query, key, value, segment_ids), *names), *outside)
-
-
-def vary_alike(*arrays: Array) -> tuple[Array, ...]:
-    """Returns arrays that vary over the same axes of a mesh inside `jax.shard_map`.
-
-    What one function with a gradient of its own takes must: a parameter that is whole on every
-    device, then, gets the sum of all gradients.
-    """
-    axes = frozenset[str]().union(*(jax.typeof(array).mat.varying for array in arrays))
-    missing = (tuple(axes - jax.typeof(array).mat.varying) for array in arrays)
-    return tuple(
-        jax.lax.pcast(array, names, to="varying") if names else array
-        for array, names in zip(arrays, missing, strict=True)
-    )

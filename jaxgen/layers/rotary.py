@@ -139,7 +139,7 @@ def rotate_halves(
         The turned values, computed in float32, in the dtype of `x`.
     """
     # Halves change places by `flip`, which XLA fuses with a norm before it, unlike concatenation.
-    halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
+    halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
     cos, sin = rotary.cos[:, :, None, None, :], rotary.sin[:, :, None, None, :]
     turned = halves * cos + jnp.flip(halves, axis=-2) * jnp.concatenate([-sin, sin], axis=-2)
     return turned.reshape(x.shape).astype(x.dtype)

@@ -128,7 +128,7 @@ class DecoderStack(nnx.Module):
         return self.head.kernel[...], 0
 
     def logits(self, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch vocabulary"]:
-        """Returns the float32 logits of tokens after the final norm."""
+        """Returns the float32 logits of tokens after the final norm; see `float32_logits`."""
         return float32_logits(hidden, *self.output_table())
 
 

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxgen.layers import float32_logits, logits_gradients, vary_alike
+from jaxgen.layers import float32_logits, logits_gradients
+from kernels_pallas.varying import varying_like
 
 
 def weighted_cross_entropy(
@@ -29,16 +30,16 @@ def weighted_cross_entropy(
     Args:
         hidden: what the head takes, any float dtype.
         table: the head, of which `axis` is the width; `DecoderStack.output_table` returns both.
-        targets: the right tokens.
+        targets: the right tokens, from 0 to vocabulary - 1.
         weights: of each position, float32.
         axis: 1 for embeddings (vocabulary, width), 0 for the kernel of a layer.
         chunk: about how many positions at a time, at least one of each row.
     """
-    # Of slopes near 1, few are too small for 16 bits.
+    # Slopes of up to 256 fit float16, and few of them are too small for it.
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(weights)))
-    scale = jnp.where(largest > 0, largest, 1.0)
-    arrays = vary_alike(hidden, table, weights / scale, targets)
-    return scale * _sum(axis, chunk, *arrays)
+    scale = jnp.where(largest > 0, largest / 256, 1.0)
+    arrays = (hidden, table, weights / scale, targets.astype(jnp.int32))
+    return scale * _sum(axis, chunk, *varying_like(arrays, arrays))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
