@@ -1,7 +1,21 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from jaxgen.checkpoints import load_safetensors
 from jaxgen.sampling import FlowMatchingSchedule, shift_sigma
+
+GOLDEN = load_safetensors(Path(__file__).parents[2] / "goldens/schedules.safetensors")
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_levels_are_those_of_diffusers(name):
+    shift, steps = name.split(".")
+    levels = FlowMatchingSchedule(float(shift)).sigmas(int(steps))
+    assert levels.shape == (int(steps) + 1,)
+    # Measured: at most 6e-8.
+    np.testing.assert_allclose(levels, GOLDEN[name], rtol=0, atol=1e-6)
 
 
 def test_fifty_steps_are_the_published_ones():
