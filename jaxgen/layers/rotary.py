@@ -138,7 +138,8 @@ def rotate_halves(
     Returns:
         The turned values, computed in float32, in the dtype of `x`.
     """
-    # Halves change places by `flip`, which XLA fuses with a norm before it, unlike concatenation.
+    # Halves change places by `flip`: concatenation splits what XLA does here and in the gradient
+    # into more passes over memory.
     halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
     cos, sin = rotary.cos[:, :, None, None, :], rotary.sin[:, :, None, None, :]
     turned = halves * cos + jnp.flip(halves, axis=-2) * jnp.concatenate([-sin, sin], axis=-2)
