@@ -1,7 +1,9 @@
 """Accuracy over tokens per step: `python -m train.decoding_sweep --help`.
 
 A lower threshold settles more tokens at each step and makes more mistakes. Sweeping it shows what a
-model reaches for how many steps (figure 4 of arXiv:2601.22954), which one threshold does not.
+model reaches for how many steps (figure 4 of arXiv:2601.22954), which one threshold does not. The
+steps count until the last block is full, with the ends of text that fill it; the tokens are those
+of the answer.
 """
 
 import dataclasses
@@ -56,6 +58,28 @@ class Sweep:
     workers: int = 0
     """Processes that make problems; 0: the main one does."""
 
+    def __post_init__(self):
+        names = list(map(name_of, self.models))
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"models must be folders of runs with different names, got {names}")
+        check_thresholds(self.thresholds)
+        for name in ("problems", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+def check_thresholds(thresholds: Sequence[float]) -> None:
+    """Refuses thresholds that no sweep can have.
+
+    Raises:
+        ValueError: none, one twice, or one that is not from 0 to 1.
+    """
+    different = len(set(thresholds)) == len(thresholds) > 0
+    if not different or not all(0 <= threshold <= 1 for threshold in thresholds):
+        raise ValueError(
+            f"thresholds must be different numbers from 0 to 1, got {tuple(thresholds)}"
+        )
+
 
 def residual_of(card: Mapping[str, Any], **options: Any) -> ResidualContext | None:
     """Returns what a model was trained to be fed back, None for a standard one.
@@ -97,6 +121,7 @@ def carry_out(sweep: Sweep, *, show_progress: bool = True) -> list[Point]:
                 sweep.problems,
                 split=sweep.split,
                 workers=sweep.workers,
+                block_length=config["block_length"] if config["sight"] == "block_causal" else 1,
             )
             residual = None
             if not sweep.without_residual:
@@ -117,7 +142,12 @@ def carry_out(sweep: Sweep, *, show_progress: bool = True) -> list[Point]:
                 bar.set_postfix(accuracy=f"{points[-1]['accuracy']:.3f}")
                 bar.update(1)
     sweep.output.mkdir(parents=True, exist_ok=True)
-    record = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "points": points}
+    record = {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "problems": sweep.problems,
+        "points": points,
+    }
     text = json.dumps(record, indent=2) + "\n"
     write_atomically(sweep.output / "points.json", [text.encode()])
     write_atomically(sweep.output / "table.md", [table_of(points).encode()])

@@ -81,7 +81,13 @@ def train(
         say(f"{len(rows):,} texts to learn from, {len(held_out)} to test")
     else:
         say(f"making {config.problems:,} problems of {config.task}")
-        made = make_table(config.task, config.levels, config.problems, workers=config.workers)
+        made = make_table(
+            config.task,
+            config.levels,
+            config.problems,
+            workers=config.workers,
+            block_length=config.row_block,
+        )
         rows, held_out = made.rows(), None
     kind = "standard" if config.reference is None else "RCD"
     plan = Plan(
@@ -163,6 +169,7 @@ def validation_hook(
             config.test_problems,
             split="validation",
             workers=config.workers,
+            block_length=config.row_block,
         )
 
     # What is fed back is that of training; the first step of a block is a plain one.

@@ -106,7 +106,8 @@ class Config(Options):
     sight: Literal["block_causal", "bidirectional"] = "block_causal"
     """What a token sees: its block and those before (SDAR), or everything (LLaDA)."""
     block_length: int = 32
-    """Tokens of a block, counted from the start of the prompt; for block_causal."""
+    """Tokens of a block, counted from the start of the prompt; for block_causal. Answers to
+    problems end with a whole block: the model learns the ends of text that fill it."""
     rate_per_block: bool = False
     """A mask rate for each block (BD3-LM) instead of one for each row (SDAR, LLaDA)."""
     average: Literal["row", "token"] = "token"
@@ -215,7 +216,18 @@ class Config(Options):
                 'attention="int8" needs sight="bidirectional": the attention that trains blocks '
                 "is exact"
             )
+        if self.reference is None:
+            given = [name for name in _FED_BACK if getattr(self, name) != _FED_BACK[name]]
+            if given:
+                raise ValueError(
+                    f"{' and '.join(given)} decide what a reference feeds back, got reference=None"
+                )
         self.training()
+
+    @property
+    def row_block(self) -> int:
+        """Problems fill rows up to a multiple of so many tokens."""
+        return self.block_length if self.sight == "block_causal" else 1
 
     def training(self) -> MaskedDiffusion:
         """Returns the objective."""
@@ -232,6 +244,7 @@ class Config(Options):
         )
 
 
+_FED_BACK = {"weighting": "entropy", "source": "full", "stop_vector": False}
 _CHOICES = {
     "attention": ("exact", "int8"),
     "precision": ("float32", "bfloat16"),

@@ -118,7 +118,8 @@ class Answers:
         steps_correct: whether the steps that lead there are.
         tokens: the answers, the end of the text after their ends.
         lengths: tokens of each, with the end.
-        steps: steps of each: predictions after which tokens were settled.
+        steps: steps of each: predictions after which tokens were settled, those that fill its last
+            block with ends of text among them.
     """
 
     correct: np.ndarray

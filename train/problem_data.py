@@ -2,7 +2,7 @@
 
 A row is a prompt, padded with spaces to the longest of its task and levels, then the solution, then
 the end of the text up to the end of the row. All prompts are so equally long, and answers begin at
-one place.
+one place. Models that see blocks learn whole ones: they answer whole ones, too.
 """
 
 import dataclasses
@@ -36,11 +36,16 @@ class Layout:
     answer: int
 
     @classmethod
-    def of(cls, task: str, levels: Sequence[int]) -> Self:
+    def of(cls, task: str, levels: Sequence[int], block_length: int = 1) -> Self:
         """Returns the layout that fits all problems of these levels.
 
+        Args:
+            task: "arithmetic" or "sudoku".
+            levels: of the task.
+            block_length: rows are whole blocks of so many tokens.
+
         Raises:
-            ValueError: an unknown task, or a level that it does not have.
+            ValueError: an unknown task, a level that it does not have, or one twice.
         """
         if task not in TASKS:
             raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
@@ -49,10 +54,13 @@ class Layout:
         if wrong or not levels:
             allowed = ", ".join(map(str, known))
             raise ValueError(f"levels of {task} must be some of {allowed}, got {tuple(levels)}")
+        if len(set(levels)) < len(levels):
+            raise ValueError(f"levels must be different ones, got {tuple(levels)}")
         if task == "sudoku":
-            return cls(_SUDOKU_CELLS, _SUDOKU_CELLS)
-        longest = max(levels)
-        return cls(5 * longest + 1, 18 * longest + 6)
+            prompt = answer = _SUDOKU_CELLS
+        else:
+            prompt, answer = 5 * max(levels) + 1, 18 * max(levels) + 6
+        return cls(prompt, answer + -(prompt + answer) % block_length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +97,9 @@ def make_table(
     split: str = "train",
     seed: int = 0,
     workers: int = 0,
+    block_length: int = 1,
 ) -> Table:
-    """Makes problems, equally many of each level.
+    """Makes problems, equally many of each level; short ones may occur more than once.
 
     Args:
         task: "arithmetic" or "sudoku".
@@ -99,19 +108,26 @@ def make_table(
         split: "train", "validation" or "test"; no problem is in two.
         seed: other seeds make other problems of the split.
         workers: processes; 0 makes them in this one.
+        block_length: rows are whole blocks of so many tokens.
 
     Raises:
         ValueError: an argument out of range.
     """
-    return _table(task, tuple(levels), count, split, seed, workers)
+    return _table(task, tuple(levels), count, split, seed, workers, block_length)
 
 
 @functools.lru_cache(maxsize=4)  # an experiment trains many models on the same problems
 def _table(
-    task: str, levels: tuple[int, ...], count: int, split: str, seed: int, workers: int
+    task: str,
+    levels: tuple[int, ...],
+    count: int,
+    split: str,
+    seed: int,
+    workers: int,
+    block_length: int,
 ) -> Table:
     """Makes a table, or returns the one that was made before."""
-    layout = Layout.of(task, levels)
+    layout = Layout.of(task, levels, block_length)
     if count < 1:
         raise ValueError(f"count must be positive, got {count}")
     make = functools.partial(_make, task, levels, split, seed)

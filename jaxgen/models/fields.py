@@ -1,8 +1,10 @@
 """Checks and canonical forms of configuration fields, shared by the frozen model configs."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 
 def require_positive(config: Any, *names: str) -> None:
@@ -11,6 +13,16 @@ def require_positive(config: Any, *names: str) -> None:
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be a positive int, got {name}={value!r}")
+
+
+def require_number(config: Any, name: str, fits: Callable[[float], bool], wanted: str) -> None:
+    """Raises ValueError if a field holds a number, of Python or NumPy, that does not fit.
+
+    What may be an array is left alone, for instance while JAX takes a pytree apart.
+    """
+    value = getattr(config, name)
+    if isinstance(value, int | float | np.number) and not fits(float(value)):
+        raise ValueError(f"{name} must be {wanted}, got {value}")
 
 
 def require_bool(config: Any, *names: str) -> None:

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import jax
 from jaxtyping import Array
 
+from jaxgen.models.fields import require_number, require_positive
 from jaxgen.sampling.residual_context import ResidualContext
 from jaxgen.sampling.unmasking import TokenChoice, Unmasking
 
@@ -54,8 +55,7 @@ class BlockDiffusion:
     pad_id: int = dataclasses.field(default=0, metadata={"static": True})
 
     def __post_init__(self):
-        if not isinstance(self.block_length, int) or self.block_length < 1:
-            raise ValueError(f"block_length must be a positive int, got {self.block_length!r}")
+        require_positive(self, "block_length")
         for name, kind in {"sight": Sight, "cache": Caching}.items():
             value = getattr(self, name)
             if value not in get_args(kind):
@@ -66,13 +66,12 @@ class BlockDiffusion:
                 "block_causal keeps earlier blocks by itself and wants cache='none', "
                 f"got cache={self.cache!r}"
             )
-        scale = self.cfg_scale
-        if isinstance(scale, int | float) and not -1 <= scale < math.inf:
-            raise ValueError(f"cfg_scale must be -1 or more and finite, or None, got {scale}")
-        if self.sight == "block_causal" and scale is not None:
+        wanted = "-1 or more and finite, or None"
+        require_number(self, "cfg_scale", lambda x: -1 <= x < math.inf, wanted)
+        if self.sight == "block_causal" and self.cfg_scale is not None:
             raise ValueError(
                 "cfg_scale is for sight='bidirectional' and must be None with 'block_causal', "
-                f"got {scale}"
+                f"got {self.cfg_scale}"
             )
 
     def blocks(self, new_tokens: int) -> int:

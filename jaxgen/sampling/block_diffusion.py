@@ -13,7 +13,8 @@ An answer starts as masks. Each step predicts the tokens of a block, settles som
 
 Rows of a batch do not know of each other: each has its own prompt length, its own place, its own
 random numbers, and stops at its own end. A token's slot is its position, so that nothing depends on
-padding. With "block_causal", and without a cache, rows also go on to their next block alone.
+padding (INT8 attention rounds what is seen beside what is not, and may answer a little
+differently). With "block_causal", and without a cache, rows also go on to their next block alone.
 """
 
 import functools
@@ -28,9 +29,9 @@ from jaxtyping import Array, Bool, Int, Int32
 
 from jaxgen.models.diffusion_lm import DiffusionLM
 from jaxgen.sampling.block_arguments import (
-    check_decoder,
     check_prompts,
     check_reference,
+    checked_decoder,
     checked_lengths,
     checked_seeds,
 )
@@ -160,7 +161,7 @@ def _start(
     """Checks a call and makes the state before its first step."""
     prompts = jnp.asarray(prompts)
     check_prompts(prompts, new_tokens, model.config)
-    check_decoder(decoder, model.config)
+    decoder, new_tokens = checked_decoder(decoder, model.config), int(new_tokens)
     check_reference(decoder, model.config, None if reference is None else reference.config)
     lengths = checked_lengths(lengths, prompts)
     seeds = checked_seeds(seeds, len(prompts))

@@ -18,6 +18,8 @@ from jaxtyping import Array, Bool, Float, Int, Int32, PRNGKeyArray
 
 from jaxgen.layers import block_diffusion_attention
 from jaxgen.models.diffusion_lm import DiffusionLM
+from jaxgen.models.fields import require_positive
+from jaxgen.sampling.block_arguments import check_vocabulary
 from jaxgen.sampling.block_decoder import Sight
 from jaxgen.sampling.cross_entropy import over_chunks, weighted_cross_entropy
 from jaxgen.sampling.residual_context import Residual, ResidualContext, mix_residual
@@ -59,10 +61,11 @@ class MaskedDiffusion:
             value, allowed = getattr(self, name), get_args(kind)
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-        for name in ("block_length", "chunk"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive int, got {value!r}")
+        require_positive(self, "block_length", "chunk")
+        if self.residual is not None and self.residual.table != "exact":
+            raise ValueError(
+                f"training reads the exact table, got residual.table={self.residual.table!r}"
+            )
 
 
 class Noised(NamedTuple):
@@ -134,10 +137,20 @@ def diffusion_lm_loss(
         reference: the frozen model of RCD; it gets no gradient.
 
     Raises:
-        ValueError: a reference without `training.residual` or the reverse.
+        ValueError: a reference without `training.residual` or the reverse, or of another
+            vocabulary; another shape of `maskable`; INT8 attention with "block_causal".
     """
     if (reference is None) != (training.residual is None):
         raise ValueError("RCD needs both training.residual and a reference model, got one of them")
+    if reference is not None:
+        check_vocabulary(model.config, reference.config)
+    if maskable.shape != tokens.shape:
+        raise ValueError(f"maskable must have shape {tokens.shape}, got {maskable.shape}")
+    if training.sight == "block_causal" and model.config.attention != "exact":
+        raise ValueError(
+            'the attention that trains sight="block_causal" is exact, got a model with '
+            f"attention={model.config.attention!r}"
+        )
     mask_id, length = model.config.mask_id, tokens.shape[1]
     block_length = training.block_length if training.rate_per_block else None
     noised = mask_tokens(key, tokens, maskable, mask_id, block_length=block_length)

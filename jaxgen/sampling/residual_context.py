@@ -25,6 +25,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int8, PRNGKeyArray
 
+from jaxgen.models.fields import require_number
+
 Weighting = Literal[
     "entropy", "confidence", "fixed", "one", "one_minus_entropy", "one_minus_confidence"
 ]
@@ -108,11 +110,8 @@ class ResidualContext:
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         for name in ("temperature", "concentration"):
-            value = getattr(self, name)
-            if isinstance(value, int | float) and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {value}")
-        if isinstance(self.fixed_weight, int | float) and not 0 <= self.fixed_weight <= 1:
-            raise ValueError(f"fixed_weight must be from 0 to 1, got {self.fixed_weight}")
+            require_number(self, name, lambda x: 0 < x < math.inf, "positive and finite")
+        require_number(self, "fixed_weight", lambda x: 0 <= x <= 1, "from 0 to 1")
 
     def residual(
         self,
@@ -128,7 +127,15 @@ class ResidualContext:
                 made in their dtype (bfloat16 for those of `quantized_table`) and summed in float32;
                 gradients reach them.
             mask_id: row of the mask token.
+
+        Raises:
+            ValueError: logits of another vocabulary than the table's.
         """
+        if logits.shape[-1] != _shape(table)[0]:
+            raise ValueError(
+                f"logits must be of the {_shape(table)[0]} tokens of the table, "
+                f"got shape {logits.shape}"
+            )
         statistics = _statistics(
             logits,
             table,
@@ -162,7 +169,8 @@ class ResidualContext:
     ) -> Residual:
         """Returns what predictions drawn from a Dirichlet distribution feed back ("dirichlet")."""
         # The logarithms of gamma variables are logits of Dirichlet ones.
-        logits = jax.random.loggamma(key, self.concentration, (*shape, _shape(table)[0]))
+        concentration = _moderate(self.concentration)
+        logits = jax.random.loggamma(key, concentration, (*shape, _shape(table)[0]))
         return self.residual(logits, table, mask_id)
 
 
@@ -215,7 +223,7 @@ def _statistics(
 ) -> _Statistics:
     """Streams over tiles of the vocabulary; only the vector is of the prediction untempered."""
     vocabulary, width = _shape(table)
-    batch = logits.shape[:-1]
+    batch, temperature = logits.shape[:-1], _moderate(temperature)
     logits = logits.reshape(-1, vocabulary)
     if skip is not None:
         logits = jnp.where(jnp.arange(vocabulary)[None] == skip, -jnp.inf, logits)
@@ -250,6 +258,11 @@ def _statistics(
         best.reshape(batch),
         (vector / total[:, None]).reshape(*batch, width),
     )
+
+
+def _moderate(number: float | Array) -> Array:
+    """A positive number as float32, of which neither it nor its inverse is rounded to zero."""
+    return jnp.clip(jnp.asarray(number, jnp.float32), 1e-30, 1e30)
 
 
 def _shape(table: Table) -> tuple[int, ...]:

@@ -8,14 +8,17 @@ threshold. Positions that are not masked are never touched, and neither rule can
 
 import dataclasses
 import functools
+import math
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 
+from jaxgen.models.fields import require_number, require_positive
+
 Confidence = Literal["max", "sampled", "raw"]
-Order = Literal["confidence", "random"]
+Order = Literal["confidence", "random", "sequential"]
 
 _NEVER, _LAST = -2.0, -1.0  # below every probability
 
@@ -53,12 +56,10 @@ class TokenChoice:
         if self.confidence not in get_args(Confidence):
             allowed = ", ".join(get_args(Confidence))
             raise ValueError(f"confidence must be one of {allowed}, got {self.confidence!r}")
-        if isinstance(self.temperature, int | float) and not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be 0 or more and finite, got {self.temperature}")
-        if isinstance(self.top_p, int | float) and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
-        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
-            raise ValueError(f"top_k must be a positive int or None, got {self.top_k!r}")
+        require_number(self, "temperature", lambda x: 0 <= x < math.inf, "0 or more and finite")
+        require_number(self, "top_p", lambda x: 0 < x <= 1, "above 0 and at most 1")
+        if self.top_k is not None:
+            require_positive(self, "top_k")
 
     def draw(
         self,
@@ -69,14 +70,14 @@ class TokenChoice:
         """Draws the tokens of one row, and says how sure they are.
 
         Args:
-            logits: of each position.
+            logits: of each position; what is not a number counts as the least likely.
             key: of this row and step.
             mask_id: the mask token, which is never drawn: its position would stay masked.
 
         Returns:
             Tokens, and their confidence, from 0 to 1, or below 0 for deferred tokens.
         """
-        logits = logits.astype(jnp.float32)
+        logits = _finite(logits.astype(jnp.float32))
         temperature = jnp.asarray(self.temperature, jnp.float32)
         out = (mask_id, *self.forbidden)
 
@@ -135,7 +136,8 @@ class Unmasking:
         threshold: settle every position that is surer than this, too; None: only the quota.
         steps: steps over which the tokens of a block are spread evenly, the first steps taking one
             more where it does not come out even; None: one token a step.
-        order: the quota takes the most confident positions, or random ones.
+        order: the quota takes the most confident positions, "random" ones, or the first ones
+            ("sequential").
         inclusive: a confidence that equals the threshold is enough (Fast-dLLM); SDAR wants more.
 
     Raises:
@@ -149,12 +151,11 @@ class Unmasking:
 
     def __post_init__(self):
         if self.order not in get_args(Order):
-            raise ValueError(f"order must be confidence or random, got {self.order!r}")
-        if self.steps is not None and (not isinstance(self.steps, int) or self.steps < 1):
-            raise ValueError(f"steps must be a positive int or None, got {self.steps!r}")
-        threshold = self.threshold
-        if isinstance(threshold, int | float) and not 0 <= threshold <= 1:
-            raise ValueError(f"threshold must be from 0 to 1 or None, got {threshold}")
+            allowed = ", ".join(get_args(Order))
+            raise ValueError(f"order must be one of {allowed}, got {self.order!r}")
+        if self.steps is not None:
+            require_positive(self, "steps")
+        require_number(self, "threshold", lambda x: 0 <= x <= 1, "from 0 to 1 or None")
 
     def settle(
         self,
@@ -167,7 +168,7 @@ class Unmasking:
         """Chooses among the masked positions of one row.
 
         Args:
-            confidence: of each position.
+            confidence: of each position; not a number is the least.
             masked: True where a token is not known.
             step: steps that this block had before.
             total: tokens that were masked at its first step.
@@ -180,8 +181,14 @@ class Unmasking:
         if self.steps is not None:
             quota = total // self.steps + (step < total % self.steps).astype(jnp.int32)
             quota = jnp.maximum(quota, 1)
-        drawn = self.order == "random"
-        rating = jax.random.uniform(key, confidence.shape) if drawn else confidence
+        confidence = jnp.where(jnp.isnan(confidence), _LAST, confidence)
+        match self.order:
+            case "confidence":
+                rating = confidence
+            case "random":
+                rating = jax.random.uniform(key, confidence.shape)
+            case "sequential":
+                rating = jnp.ones_like(confidence)  # the first of equal ones comes first
         rating = jnp.where(confidence < 0, confidence, rating)  # deferred tokens, in any order
         rating = jnp.where(masked, rating, _NEVER)
         # Ranks instead of a threshold, so that ties do not settle more than the quota.
@@ -191,6 +198,12 @@ class Unmasking:
             sure = confidence >= self.threshold if self.inclusive else confidence > self.threshold
             settled |= sure
         return settled & masked
+
+
+def _finite(logits: Array) -> Array:
+    """Logits without infinities and numbers that are none, so that one can always be chosen."""
+    largest = jnp.finfo(logits.dtype).max
+    return jnp.where(jnp.isnan(logits), -largest, jnp.clip(logits, -largest, largest))
 
 
 def _probability(logits: Array, tokens: Array) -> Array:

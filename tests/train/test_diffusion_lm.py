@@ -179,6 +179,21 @@ def test_a_sweep_writes_points_a_table_and_a_picture(first, fed_back, tmp_path):
     assert [point["rcd"] for point in carry_out(without, show_progress=False)] == [False, False]
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"models": ()}, r"models must be folders of runs with different names, got \[\]"),
+        ({"models": (Path("a/rcd/export"), Path("b/rcd"))}, r"got \['rcd', 'rcd'\]"),
+        ({"thresholds": (0.5, 0.5)}, r"thresholds must be different numbers from 0 to 1, got \(0"),
+        ({"problems": 0}, "problems must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+    ],
+)
+def test_refuses_sweeps(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Sweep(**({"models": (Path("a/export"),)} | changes))
+
+
 def test_steps_at_an_accuracy_lie_between_the_points():
     points = [{"steps": 10.0, "accuracy": 0.5}, {"steps": 20.0, "accuracy": 0.7}]
     assert steps_at(points, 0.6) == pytest.approx(15)
@@ -238,7 +253,10 @@ def test_main_exits_with_the_signal(monkeypatch, first):
         ({"model": "llada"}, "model must be one of tiny, small, medium, base, got 'llada'"),
         ({"levels": (9,)}, r"levels of arithmetic must be some of .* got \(9,\)"),
         ({"sight": "causal"}, "sight must be one of block_causal, bidirectional, got 'causal'"),
-        ({"block_length": 0}, "block_length must be a positive int, got 0"),
+        ({"block_length": 0}, "block_length must be a positive int, got block_length=0"),
+        ({"weighting": "fixed", "stop_vector": True}, "weighting and stop_vector decide what a"),
+        ({"source": "top1"}, "source decide what a reference feeds back, got reference=None"),
+        ({"levels": (2, 2)}, r"levels must be different ones, got \(2, 2\)"),
         ({"attention": "int8"}, 'attention="int8" needs sight="bidirectional"'),
         ({"weighting": "none", "reference": Path("a")}, "weighting must be one of entropy, "),
         ({"problems": 0}, "problems must be at least 1, got problems=0"),

@@ -25,6 +25,17 @@ def test_rows_hold_padded_prompts_and_solutions(task, levels, layout):
     np.testing.assert_array_equal(table.prompts, table.tokens[:, : layout.prompt])
 
 
+def test_rows_can_be_whole_blocks():
+    plain = make_table("arithmetic", (1,), 5)
+    table = make_table("arithmetic", (1,), 5, block_length=8)
+    assert (plain.tokens.shape[1], table.tokens.shape[1]) == (30, 32)
+    assert table.layout == Layout(6, 26)
+    np.testing.assert_array_equal(table.tokens[:, :30], plain.tokens)
+    assert (table.tokens[:, 30:] == EOS).all()
+    assert (table.rows().maskable[:, 6:]).all()
+    assert Layout.of("arithmetic", (1,), 15) == plain.layout
+
+
 def test_every_problem_fits_its_layout():
     for level in range(1, 7):
         table = make_table("arithmetic", (level,), 300)
@@ -72,6 +83,7 @@ def test_batches_are_a_function_of_seed_and_step():
         (("arithmetic", (7,), 5), r"levels of arithmetic must be some of 1, .*, 6, got \(7,\)"),
         (("sudoku", (), 5), r"levels of sudoku must be some of 1, 2, 3, 4, 5, got \(\)"),
         (("sudoku", (1,), 0), "count must be positive, got 0"),
+        (("arithmetic", (1, 2, 1), 5), r"levels must be different ones, got \(1, 2, 1\)"),
     ],
 )
 def test_refuses_tables(arguments, message):

@@ -2,15 +2,18 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tyro
 
+from train import decoding_sweep
 from train.configs.rcd_experiment import METHODS, Experiment, carry_out, table
 from train.decoding_sweep import accuracy_at
 from train.diffusion_lm_config import Config
+from train.run_folder import ConfigChangedError
 from train.state import take_apart
 
 FIRST = Config(
@@ -59,6 +62,31 @@ def test_what_is_done_stays_and_a_time_limit_of_zero_does_nothing(done, tmp_path
     assert carry_out(experiment(tmp_path / "new", time_limit=0), show_progress=False) == {}
 
 
+def test_other_options_do_not_pass_for_what_is_done(done, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(done[0], folder)
+    # The export's place is one of the options, and it is another one in a copy.
+    with pytest.raises(ConfigChangedError, match=r"start_from: .* before, .*copy/first-4/export"):
+        carry_out(experiment(folder), show_progress=False)
+    with pytest.raises(ConfigChangedError, match=r"learning_rate: 0\.0005 before, 0\.1 now"):
+        carry_out(experiment(done[0], learning_rate=0.1), show_progress=False)
+
+
+def test_other_thresholds_and_problems_are_swept_again(done, monkeypatch):
+    folder, swept = done[0], []
+
+    def sweep(sweep, **_):
+        swept.append((sweep.output.name, sweep.thresholds, sweep.problems))
+
+    monkeypatch.setattr(decoding_sweep, "carry_out", sweep)
+    carry_out(experiment(folder), show_progress=False)
+    assert swept == []
+    carry_out(experiment(folder, thresholds=(0.5,)), show_progress=False)
+    carry_out(experiment(folder, problems=5), show_progress=False)
+    runs = ("seqd-4", "rcd-4")
+    assert swept == [*((run, (0.5,), 6) for run in runs), *((run, (0.5, 1.0), 5) for run in runs)]
+
+
 def test_methods_differ_in_what_their_names_say(tmp_path):
     plan = experiment(tmp_path, methods=tuple(METHODS))
     runs = {method: plan.run(method, 1) for method in METHODS}
@@ -70,7 +98,11 @@ def test_methods_differ_in_what_their_names_say(tmp_path):
     assert runs["rcd-one"].training().residual.weighting == "one"
     assert runs["rcd-top1"].training().residual.source == "top1"
     assert runs["rcd-stop-vector"].training().stop_vector
-    same = {dataclasses.replace(run, output=Path(), reference=None) for run in runs.values()}
+    left_out = ("output", "reference")
+    same = {
+        tuple((name, value) for name, value in vars(run).items() if name not in left_out)
+        for run in runs.values()
+    }
     assert len(same) == 5  # rcd and seqd differ in nothing else
 
 
@@ -102,6 +134,13 @@ def test_the_table_compares_seeds_one_by_one():
     assert rcd[6] == "0.50 ± 0.00"
 
 
+def test_the_table_has_no_number_where_there_is_none():
+    low, high = _points((10, 0.0), (20, 0.0))
+    found = {"seqd-0": [high | {"threshold": 1.0}], "rcd-0": [low, high]}
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table(found).splitlines()]
+    assert rows[3][4:] == ["", "", ""]  # swept at neither threshold, and nothing was reached
+
+
 def test_accuracy_at_steps_lies_between_the_points():
     points = _points((10, 0.5), (20, 0.8))
     assert accuracy_at(points, 15) == pytest.approx(0.65)
@@ -131,6 +170,13 @@ def test_the_command_line_reaches_the_first_training():
     [
         ({"methods": ("sft",)}, r"methods must be among seqd, .* got \['sft'\]"),
         ({"first": dataclasses.replace(FIRST, reference=Path("a"))}, "no reference and no start"),
+        ({"methods": ()}, r"methods must be different ones, got \[\]"),
+        ({"seeds": (1, 1)}, r"seeds must be different ones, got \[1, 1\]"),
+        ({"seeds": (-1,)}, "seed must be at least 0, got seed=-1"),
+        ({"steps": 0}, "steps must be at least 1, got steps=0"),
+        ({"problems": 0}, "problems must be at least 1, got 0"),
+        ({"thresholds": ()}, r"thresholds must be different numbers from 0 to 1, got \(\)"),
+        ({"thresholds": (0.5, 2.0)}, r"from 0 to 1, got \(0.5, 2.0\)"),
     ],
 )
 def test_refuses_experiments(changes, message):

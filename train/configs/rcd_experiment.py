@@ -26,11 +26,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxgen.checkpoints import write_atomically
+from jaxgen.checkpoints import parse_json_object, write_atomically
 from train import decoding_sweep, diffusion_lm
 from train.decoding_sweep import Point, Sweep, accuracy_at, steps_at
 from train.diffusion_lm_config import Config
 from train.metrics import mean_and_deviation
+from train.run_folder import claim
 
 METHODS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -73,8 +74,18 @@ class Experiment:
         unknown = [name for name in self.methods if name not in METHODS]
         if unknown:
             raise ValueError(f"methods must be among {', '.join(METHODS)}, got {unknown}")
+        for name in ("methods", "seeds"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name} must be different ones, got {list(values)}")
+        if self.problems < 1:
+            raise ValueError(f"problems must be at least 1, got {self.problems}")
+        decoding_sweep.check_thresholds(self.thresholds)
         if self.first.reference is not None or self.first.start_from is not None:
             raise ValueError("the first model is a standard one: no reference and no start_from")
+        for seed in self.seeds:
+            for method in self.methods:
+                self.run(method, seed)  # refused now rather than after the first training
 
     def first_run(self, seed: int) -> Config:
         """Return the first training of a seed."""
@@ -103,6 +114,9 @@ def carry_out(experiment: Experiment, *, show_progress: bool = True) -> dict[str
 
     Returns:
         The points of every second run in the folder, by the name of its folder.
+
+    Raises:
+        ConfigChangedError: A run in the folder had other options.
     """
     started = time.monotonic()
 
@@ -135,7 +149,9 @@ def _carry_out_run(
 ) -> bool:
     """Train, and sweep what is not a first model; return whether it is finished."""
     if (run.output / "points.json").exists():
-        return True
+        claim(run, write=False)
+        if _is_swept(experiment, run):
+            return True
     limit = left()
     if limit == 0:
         return False
@@ -158,12 +174,20 @@ def _carry_out_run(
     return True
 
 
+def _is_swept(experiment: Experiment, run: Config) -> bool:
+    """Whether the points of a run are for these thresholds and problems."""
+    path = run.output / "points.json"
+    record = parse_json_object(path.read_bytes(), str(path))
+    swept = tuple(point["threshold"] for point in record["points"])
+    return (swept, record.get("problems")) == (experiment.thresholds, experiment.problems)
+
+
 def table(found: Mapping[str, Sequence[Point]]) -> str:
     """Return a Markdown table of means over seeds, with standard deviations between them.
 
     The last columns compare with SeqD of the same seed: points of accuracy at the steps that SeqD
-    takes with thresholds of 0.5 and 0.9, and the share of the steps of SeqD's best accuracy that
-    the method needs to reach it.
+    takes with thresholds of 0.5 and 0.9, if it was swept there, and the share of the steps of
+    SeqD's best accuracy that the method needs to reach it.
     """
     lines = [
         "| method | seeds | best accuracy | at steps | over SeqD at its steps, 0.9 "
@@ -201,11 +225,12 @@ def _row(
         return best["accuracy"], best["steps"], None, None, None
     gains = []
     for threshold in (0.9, 0.5):
-        theirs = min(baseline, key=lambda point: abs(point["threshold"] - threshold))
-        ours = accuracy_at(points, theirs["steps"])
-        gains.append(None if ours is None else 100 * (ours - theirs["accuracy"]))
+        theirs = next((point for point in baseline if point["threshold"] == threshold), None)
+        ours = None if theirs is None else accuracy_at(points, theirs["steps"])
+        gain = None if theirs is None or ours is None else 100 * (ours - theirs["accuracy"])
+        gains.append(gain)
     top = max(baseline, key=lambda point: (point["accuracy"], -point["steps"]))
-    needed = steps_at(points, top["accuracy"])
+    needed = steps_at(points, top["accuracy"]) if top["accuracy"] else None
     share = None if needed is None else needed / top["steps"]
     return best["accuracy"], best["steps"], *gains, share
 

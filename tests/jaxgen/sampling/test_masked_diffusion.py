@@ -193,13 +193,30 @@ def test_refuses_a_reference_without_residual_and_the_reverse(models):
         diffusion_lm_loss(KEY, model, TOKENS, MASKABLE, training)
 
 
+def test_refuses_what_does_not_fit_the_model(models):
+    model, reference = models
+    training = MaskedDiffusion(residual=ResidualContext())
+    other = DiffusionLM(dataclasses.replace(CONFIG, mask_id=3), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"mask_id of the model, \(13, 12\), got \(13, 3\)"):
+        diffusion_lm_loss(KEY, model, TOKENS, MASKABLE, training, reference=other)
+    with pytest.raises(ValueError, match=r"shape \(3, 10\), got \(1, 10\)"):
+        diffusion_lm_loss(KEY, model, TOKENS, MASKABLE[:1], training, reference=reference)
+    narrow = DiffusionLM(dataclasses.replace(CONFIG, attention="int8"), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="is exact, got a model with attention='int8'"):
+        diffusion_lm_loss(KEY, narrow, TOKENS, MASKABLE, MaskedDiffusion())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"sight": "causal"}, "sight must be one of block_causal, bidirectional, got 'causal'"),
         ({"average": "batch"}, "average must be one of row, token, got 'batch'"),
-        ({"block_length": 0}, "block_length must be a positive int, got 0"),
-        ({"chunk": 1.5}, "chunk must be a positive int, got 1.5"),
+        ({"block_length": 0}, "block_length must be a positive int, got block_length=0"),
+        ({"chunk": 1.5}, "chunk must be a positive int, got chunk=1.5"),
+        (
+            {"residual": ResidualContext(table="int8")},
+            "training reads the exact table, got residual.table='int8'",
+        ),
     ],
 )
 def test_refuses_options(options, message):

@@ -1,5 +1,7 @@
 """Draws and the rule of which are settled, against plain Python."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -296,6 +298,33 @@ def test_a_random_order_takes_every_masked_position_equally_often():
     assert set(found.sum(axis=1)) == {1, 2}
 
 
+def test_a_sequential_order_takes_the_first_masked_positions_and_deferred_ones_last():
+    masked = np.array([False, True, True, False, True, True])
+    sure = np.array([0.9, 0.1, -1.0, 0.9, 0.3, 0.97], np.float32)
+    rule, total = Unmasking(steps=2, order="sequential"), np.int32(4)
+    found = rule.settle(sure, masked, np.int32(0), total, jax.random.key(0))
+    assert np.flatnonzero(found).tolist() == [1, 4]
+    both = Unmasking(0.95, steps=4, order="sequential")
+    found = both.settle(sure, masked, np.int32(0), total, jax.random.key(0))
+    assert np.flatnonzero(found).tolist() == [1, 5]
+
+
+def test_what_is_no_number_is_settled_last_and_neither_mask_nor_forbidden_is_drawn():
+    confidence = np.array([0.5, np.nan, np.nan, 0.2], np.float32)
+    for masked, wanted in [([1, 1, 1, 1], 0), ([0, 1, 1, 1], 3), ([0, 1, 1, 0], 1)]:
+        found = settle(Unmasking(), confidence, np.array(masked, bool))
+        assert np.flatnonzero(found).tolist() == [wanted]
+    logits = logits_of(4)
+    logits[0] = np.nan
+    logits[1, :5] = np.nan
+    logits[2] = np.inf
+    logits[3] = -np.inf
+    for choice in (TokenChoice(), TokenChoice(1.0, top_p=0.5, top_k=3), TokenChoice(1e-30)):
+        tokens, sure = draw(dataclasses.replace(choice, forbidden=(0,)), logits)
+        assert not np.isin(tokens, [0, MASK]).any()
+        assert np.isfinite(sure).all()
+
+
 def test_another_threshold_does_not_compile_again():
     _settle.clear_cache()
     counts = [
@@ -312,19 +341,23 @@ def test_another_threshold_does_not_compile_again():
         (lambda: TokenChoice(-0.1), "temperature must be 0 or more and finite, got -0.1"),
         (lambda: TokenChoice(float("inf")), "temperature must be 0 or more and finite, got inf"),
         (lambda: TokenChoice(float("nan")), "temperature must be 0 or more and finite, got nan"),
+        (lambda: TokenChoice(np.float32(-1)), "temperature must be 0 or more and finite, got -1.0"),
         (lambda: TokenChoice(top_p=0.0), "top_p must be above 0 and at most 1, got 0.0"),
         (lambda: TokenChoice(top_p=1.5), "top_p must be above 0 and at most 1, got 1.5"),
-        (lambda: TokenChoice(top_k=0), "top_k must be a positive int or None, got 0"),
-        (lambda: TokenChoice(top_k=2.0), "top_k must be a positive int or None, got 2.0"),
+        (lambda: TokenChoice(top_k=0), "top_k must be a positive int, got top_k=0"),
+        (lambda: TokenChoice(top_k=2.0), "top_k must be a positive int, got top_k=2.0"),
         (
             lambda: TokenChoice(confidence="min"),
             "confidence must be one of max, sampled, raw, got 'min'",
         ),
         (lambda: Unmasking(1.1), "threshold must be from 0 to 1 or None, got 1.1"),
         (lambda: Unmasking(-0.1), "threshold must be from 0 to 1 or None, got -0.1"),
-        (lambda: Unmasking(steps=0), "steps must be a positive int or None, got 0"),
-        (lambda: Unmasking(steps=1.5), "steps must be a positive int or None, got 1.5"),
-        (lambda: Unmasking(order="left"), "order must be confidence or random, got 'left'"),
+        (lambda: Unmasking(steps=0), "steps must be a positive int, got steps=0"),
+        (lambda: Unmasking(steps=1.5), "steps must be a positive int, got steps=1.5"),
+        (
+            lambda: Unmasking(order="left"),
+            "order must be one of confidence, random, sequential, got 'left'",
+        ),
     ],
 )
 def test_wrong_options_are_refused(make, message):
