@@ -92,7 +92,7 @@ class Run:
             value = row.get(name)
             if value is not None and np.isfinite(value):
                 found.setdefault(row["step"], []).append(value)
-                steps[row["step"]] = row.get("steps", 1)
+                steps[row["step"]] = row.get("steps") or 1
         order = sorted(found)
         summaries = ([f(found[step]) for step in order] for f in (np.mean, np.min, np.max))
         columns = (order, *summaries, [steps[step] for step in order])
@@ -157,10 +157,7 @@ def load_run(folder: Path) -> Run:
 
 
 def _numbers(path: Path) -> list[Row]:
-    try:
-        rows = read_rows(path)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+    rows = read_rows(path)
     for row in rows:
         for name, value in row.items():
             if value is not None and not isinstance(value, int | float):

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, get_args
 
 from jaxgen.models import LANGUAGE_MODEL_PRESETS, LanguageModelConfig
 from jaxgen.models.language_model import Remat
-from train.options import WATCHING, Options
+from train.options import Options
 
 MODELS: Mapping[str, LanguageModelConfig] = MappingProxyType(
     {
@@ -56,13 +56,6 @@ class Config(Options):
     """
 
     program: ClassVar[str] = "train.language_model"
-    may_change: ClassVar[frozenset[str]] = WATCHING | {
-        "export_dtype",
-        "statistics_every",
-        "validate_every",
-        "validation_batches",
-        "workers",
-    }
 
     # --- where ---
     output: Path = Path("runs/language-model")
@@ -90,6 +83,12 @@ class Config(Options):
     # --- data ---
     data: Path | None = None
     """File or folder of text, JSONL or Parquet; None: Python source found on this machine."""
+    kind: Literal["text", "jsonl", "parquet"] | None = None
+    """What the files hold: a text each, a JSON object a line, or Parquet; None: what their suffixes
+    say, of which a folder must have one kind (README, LICENSE and the like beside data are no
+    data)."""
+    pattern: str | None = None
+    """Files of the folder to read, such as "**/*.tex"; None: those with a suffix of the kind."""
     field: str = "text"
     """Field of JSONL, column of Parquet."""
     tokenizer: Path | None = None
@@ -206,6 +205,10 @@ class Config(Options):
             ),
             shares=("ema_decay", "held_out"),
         )
+        if self.data is None and (self.kind, self.pattern) != (None, None):
+            raise ValueError(
+                f"kind and pattern need data, got kind={self.kind} and pattern={self.pattern}"
+            )
         if 0 < self.spike_factor <= 1:
             raise ValueError(
                 f"spike_factor must be more than 1, or 0, got spike_factor={self.spike_factor}"
@@ -229,6 +232,7 @@ class Config(Options):
 
 
 _CHOICES = {
+    "kind": (None, "text", "jsonl", "parquet"),
     "attention": ("exact", "int8"),
     "precision": ("float32", "bfloat16"),
     "remat": get_args(Remat),

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,9 @@ def open_documents(config: Config, tokenizer: Tokenizer) -> Documents:
     """Return all documents as tokens, encoded once and cached."""
     source = python_sources()
     if config.data is not None:
-        source = open_source(config.data, field=config.field)
+        source = open_source(
+            config.data, kind=config.kind, field=config.field, pattern=config.pattern
+        )
     return load_documents(source, tokenizer, damaged=config.damaged, workers=config.workers)
 
 
@@ -106,7 +109,11 @@ def _inside(batch: Mapping[str, Any]) -> dict[str, Any]:
 def validate(
     skeleton: Skeleton, config: Config, arrays: Arrays, documents: Documents
 ) -> dict[str, float]:
-    """Return the mean loss on held-out text, over all of its tokens, in nats and bits a token.
+    """Return the mean loss on held-out text, in nats a token, and the number of tokens.
+
+    The text is the first `config.validation_batches` batches of the documents, or all of it if
+    there is less. One device computes them, in parts that have no more rows than a device gets at
+    once in training.
 
     Args:
         skeleton: Of the model.
@@ -114,14 +121,15 @@ def validate(
         arrays: Of the model.
         documents: Those that are held out.
     """
+    parts = math.gcd(config.batch_size, config.accumulate * (config.devices or jax.device_count()))
     batches = one_pass(
         documents,
         context=config.context,
-        batch_size=config.batch_size,
+        batch_size=config.batch_size // parts,
         split=not config.whole_documents,
     )
     total, count = 0.0, 0.0
-    for batch in itertools.islice(batches, config.validation_batches):
+    for batch in itertools.islice(batches, config.validation_batches * parts):
         tokens = float(batch["weights"].sum())
         total += tokens * float(
             _loss(skeleton, config.across_documents, config.chunk, arrays, batch)

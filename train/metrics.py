@@ -172,24 +172,28 @@ def read_rows(path: Path) -> list[Row]:
         ValueError: Another line is no row; the message names it.
     """
     rows = []
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_bytes().splitlines() if path.exists() else []
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
+            row = json.loads(line.decode())
+        except ValueError:  # no JSON, or no UTF-8
             row = None
             if number == len(lines):
                 break
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise ValueError(f"{path}, line {number}: not a row of metrics: {line[:60]!r}")
+            text = line[:60].decode(errors="replace")
+            raise ValueError(f"{path}, line {number}: not a row of metrics: {text!r}")
         rows.append(row)
     return rows
 
 
 def final_loss(rows: list[Row], steps: int = 200) -> float | None:
-    """Return the mean loss over about the last `steps` steps of `rows`; None without losses."""
+    """Return the mean loss over about the last `steps` steps of `rows`; None without losses.
+
+    A row that does not say over how many steps it is a mean counts as one.
+    """
     recent = [row for row in rows if row["step"] > rows[-1]["step"] - steps]
-    losses = [(row["loss"], row["steps"]) for row in recent if row["loss"] is not None]
+    losses = [(row["loss"], row.get("steps") or 1) for row in recent if row.get("loss") is not None]
     count = sum(number for _, number in losses)
     return sum(loss * number for loss, number in losses) / count if count else None
 

@@ -14,26 +14,38 @@ WATCHING = frozenset(
     {
         "context_parallel",
         "coordinator",
+        "damaged",
         "devices",
+        "export_dtype",
         "fsdp",
         "guidance_scale",
         "hung_after",
         "keep",
         "log_every",
+        "peak_teraflops",
         "process",
         "processes",
         "profile_steps",
         "sample_captions",
         "sample_every",
         "sample_steps",
+        "samples",
         "save_every",
         "skips_in_a_row",
+        "statistics_every",
         "tensor",
         "tensorboard",
+        "test_threshold",
         "time_limit",
+        "validate_every",
+        "validation_batches",
+        "workers",
     }
 )
-"""Options that a resumed run may change: none decides which updates are made."""
+"""Options that a resumed run may change: none decides which updates are made.
+
+`damaged` could, but a resumed run refuses another text.
+"""
 
 
 class Options:

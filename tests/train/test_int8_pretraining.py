@@ -25,7 +25,7 @@ def cache(tmp_path_factory):
 def small(text):
     return dataclasses.replace(
         EACH, data=text, model="tiny", precision="float32", context=32, batch_size=4, steps=8,
-        warmup_steps=2, learning_rate=1e-2, devices=1, held_out=0.2, validate_every=0,
+        warmup_steps=2, learning_rate=1e-2, devices=1, held_out=0.2, validate_every=8,
         statistics_every=0, log_every=2,
     )  # fmt: skip
 
@@ -41,9 +41,8 @@ def test_runs_see_the_same_tokens_and_differ_in_what_they_say(text, tmp_path):
 
 
 def test_an_experiment_goes_on_and_ends_in_a_table(text, tmp_path, monkeypatch):
-    each = dataclasses.replace(small(text), validate_every=8)
     experiment = Experiment(
-        each=each, output=tmp_path, arms=("exact", "int8"), batch_sizes=(4,), seeds=(0,)
+        each=small(text), output=tmp_path, arms=("exact", "int8"), batch_sizes=(4,), seeds=(0,)
     )
     results = carry_out(experiment, show_progress=False)
     assert [result["arm"] for result in results] == ["exact", "int8"]
@@ -52,6 +51,17 @@ def test_an_experiment_goes_on_and_ends_in_a_table(text, tmp_path, monkeypatch):
     assert (tmp_path / "table.md").read_text() == table(results)
     monkeypatch.setattr(int8_pretraining, "train", None)  # nothing is left to train
     assert carry_out(experiment, show_progress=False) == results
+    each = dataclasses.replace(experiment.each, log_every=3, export_dtype="bfloat16")
+    watched = dataclasses.replace(experiment, each=each, time_limit=100.0)
+    assert carry_out(watched, show_progress=False) == results
+    each = dataclasses.replace(each, learning_rate=1e-5, betas=(0.8, 0.9), kind="text")
+    message = (
+        r"exact-4-0 was trained with other options: betas: \[0\.9, 0\.95\] before, "
+        r"\[0\.8, 0\.9\] now; kind: None before, 'text' now; "
+        r"learning_rate: 0\.01 before, 1e-05 now; repeat"
+    )
+    with pytest.raises(ValueError, match=message):
+        carry_out(dataclasses.replace(experiment, each=each), show_progress=False)
 
 
 def test_the_table_compares_equal_seeds():
@@ -65,11 +75,34 @@ def test_the_table_compares_equal_seeds():
     assert rows[3].endswith("| +1.000 ± 0.000 % |")
 
 
+def test_the_table_shows_what_is_missing():
+    losses = {("exact", 0): 2.0, ("exact", 1): None, ("int8", 0): None, ("int8", 1): 4.0}
+    results = [
+        {"arm": arm, "tokens_per_step": 1024, "seed": seed, "loss": 3.0, "validation": loss}
+        for (arm, seed), loss in losses.items()
+    ]
+    rows = table(results).splitlines()
+    assert rows[2].endswith("| 3.0000 ± 0.0000 | 2.0000 |  |")
+    assert rows[3].endswith("| 3.0000 ± 0.0000 | 4.0000 | - |")
+    lost = [result | {"loss": None, "validation": None} for result in results]
+    assert table(lost).splitlines()[2].endswith("| 2 | - | - |  |")
+
+
+def test_the_experiment_as_it_is_can_be_made():
+    runs = Experiment().runs()
+    assert len(runs) == len(ARMS) * 2 * 3
+    assert len({run.batch_size * run.steps for run in runs}) == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"each": dataclasses.replace(EACH, validate_every=0), "batch_sizes": (64,)},
+            "each needs validate_every above 0",
+        ),
         ({"arms": ("fp8",)}, "arms must be among exact, .*got \\['fp8'\\]"),
-        ({"batch_sizes": (7,)}, "got \\[7\\] for 96000 rows"),
+        ({"batch_sizes": (7,)}, "got \\[7\\] for 98304 rows"),
     ],
 )
 def test_refuses_experiments(changes, message):

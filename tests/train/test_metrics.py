@@ -36,6 +36,16 @@ def test_resuming_drops_what_will_be_repeated(tmp_path):
     assert read_rows(path) == [{"step": 10}, {"step": 20}, {"step": 30, "again": 1}]
 
 
+@pytest.mark.parametrize("torn", [b'{"step": 4', b'{"step": 4\xc3', b"\xff\xfe", b"\0\0\0"])
+def test_a_last_line_that_was_cut_off_is_left_out(tmp_path, torn):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 10}\n' + torn)
+    assert read_rows(path) == [{"step": 10}]
+    path.write_bytes(torn + b'\n{"step": 10}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1: not a row of metrics"):
+        read_rows(path)
+
+
 def test_no_file_is_no_rows(tmp_path):
     assert read_rows(tmp_path / "metrics.jsonl") == []
 
@@ -93,6 +103,12 @@ def test_final_loss_weighs_rows_by_their_steps():
     assert final_loss(rows, 200) == pytest.approx((150 * 2 + 50 * 4) / 200)
     assert final_loss([]) is None
     assert final_loss(rows[-1:]) is None
+
+
+def test_final_loss_of_rows_that_say_less():
+    assert final_loss([{"step": 1, "gradient_norm": 2.0}]) is None
+    rows = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 4.0, "steps": None}]
+    assert final_loss(rows) == pytest.approx(3.0)
 
 
 def test_tensorboard_files_hold_the_values(tmp_path):

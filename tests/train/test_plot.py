@@ -237,6 +237,33 @@ def test_a_run_that_is_just_beginning(tmp_path, capsys):
     assert "| 5 " in capsys.readouterr().out
 
 
+def test_rows_that_say_less(tmp_path, capsys):
+    """Without a loss, or without the number of steps it is the mean over."""
+    folder = make_run(tmp_path / "run", validate=0)
+    path, output = folder / "metrics.jsonl", str(tmp_path / "x.png")
+    path.write_text('{"step": 1, "gradient_norm": 2.0}\n')
+    main([str(folder), "--show", "gradient_norm", "--output", output])
+    cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[2].split("|")[1:-1]]
+    assert cells[1:] == ["1", "-", "-", "-", "-"]
+    path.write_bytes(b'{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 3.0, "steps": null}\n\xff')
+    main([str(folder), "--output", output])
+    assert "| 2.5000 " in capsys.readouterr().out
+    curve = load_run(folder).curve("loss").smoothed(10)
+    np.testing.assert_allclose(curve.middle, 2.5)
+
+
+def test_runs_that_were_watched_in_other_ways_are_of_one_group(tmp_path):
+    watching = {"validate_every": 7, "validation_batches": 3, "export_dtype": "bfloat16",
+                "workers": 8, "statistics_every": 9, "peak_teraflops": 312.0, "samples": False,
+                "test_threshold": 0.5, "damaged": "skip"}  # fmt: skip
+    plain = dict.fromkeys(watching, 0)
+    one, other = make_run(tmp_path / "0", **plain), make_run(tmp_path / "1", seed=1, **watching)
+    (group,) = read_groups(Plot((one, other), group="seed"))
+    assert len(group.runs) == 2
+    third = make_run(tmp_path / "2", seed=2, learning_rate=0.1)
+    assert len(read_groups(Plot((one, other, third), group="seed"))) == 2
+
+
 def test_folders_that_hold_no_run_are_refused(tmp_path, capsys):
     assert refused(capsys, tmp_path / "absent") == f"{tmp_path / 'absent'} is no folder"
     assert "holds no run: there is no metrics.jsonl" in refused(capsys, tmp_path)
@@ -250,7 +277,7 @@ def test_folders_that_hold_no_run_are_refused(tmp_path, capsys):
     [
         ("metrics.jsonl", b'{"step": 1}\nnonsense\n{"step": 2}\n', "line 2: not a row of metrics"),
         ("metrics.jsonl", b'{"step": 1, "loss": "low"}\n', "step 1: loss is no number: 'low'"),
-        ("metrics.jsonl", b"\xff\xfe\n", "metrics.jsonl is damaged"),
+        ("metrics.jsonl", b'\xff\xfe\n{"step": 2}\n', "line 1: not a row of metrics"),
         ("validation.jsonl", b'[1]\n{"step": 2}\n', "line 1: not a row of metrics"),
         ("config.json", b"{", "config.json is damaged"),
         ("config.json", b"[]", "config.json is damaged: it holds no options"),

@@ -16,7 +16,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -25,6 +25,7 @@ from jaxgen.checkpoints import write_atomically
 from train.language_model import train
 from train.language_model_config import Config
 from train.metrics import mean_and_deviation
+from train.run_folder import to_json
 
 ARMS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -42,7 +43,7 @@ EACH = Config(
     model="10m",
     context=1024,
     batch_size=64,
-    steps=1500,
+    steps=1536,
     warmup_steps=100,
     learning_rate=1e-3,
     validate_every=500,
@@ -85,6 +86,10 @@ class Experiment:
                 "batch_sizes must divide batch_size x steps of each, so that all see the same "
                 f"tokens, got {uneven} for {rows} rows"
             )
+        if not self.each.validate_every:
+            raise ValueError(
+                "the table compares validation losses, so each needs validate_every above 0"
+            )
 
     def runs(self) -> list[Config]:
         """Return the runs, one seed after another."""
@@ -105,11 +110,13 @@ class Experiment:
 
 
 def carry_out(experiment: Experiment, *, show_progress: bool = True) -> list[dict[str, Any]]:
-    """Do the runs that are not done; return what the folder holds, of these and of others."""
+    """Do the runs that are not done; return what the folder holds, of these and of others.
+
+    Raises:
+        ValueError: A run was done with other options; the message lists old and new values.
+    """
     started = time.monotonic()
-    for config in experiment.runs():
-        if _card(config.output, config.steps):
-            continue
+    for config in [config for config in experiment.runs() if not _is_done(config)]:
         if experiment.time_limit is not None:
             left = experiment.time_limit - (time.monotonic() - started)
             if left <= 0:
@@ -132,6 +139,25 @@ def carry_out(experiment: Experiment, *, show_progress: bool = True) -> list[dic
     write_atomically(experiment.output / "results.json", [json.dumps(results, indent=2).encode()])
     write_atomically(experiment.output / "table.md", [table(results).encode()])
     return results
+
+
+def _is_done(config: Config) -> bool:
+    """Whether a run reached its last step, with these options."""
+    card = _card(config.output, config.steps)
+    if card is None:
+        return False
+    old, new = card["config"], to_json(config)
+    differing = [
+        f"{name}: {old.get(name)!r} before, {new.get(name)!r} now"
+        for name in sorted((old.keys() | new.keys()) - config.may_change)
+        if old.get(name) != new.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"{config.output} was trained with other options: {'; '.join(differing)}; repeat its "
+            "options, or choose another --output"
+        )
+    return True
 
 
 def _card(folder: Path, steps: int | None = None) -> dict[str, Any] | None:
@@ -168,7 +194,8 @@ def table(results: list[dict[str, Any]]) -> str:
     """Return a Markdown table, one row for each number of tokens a step and arm.
 
     "over exact" is the difference of the validation loss to that of exact attention with the same
-    seed, in percent: mean and standard deviation over the seeds.
+    seed, in percent: mean and standard deviation over the seeds. Losses that a run does not have
+    are left out; "-" is where no run has one.
     """
     lines = [
         "| tokens a step | attention | seeds | training loss | validation loss | over exact |",
@@ -182,21 +209,26 @@ def table(results: list[dict[str, Any]]) -> str:
     }
     for group_key in sorted({key(result) for result in results}):
         group = [result for result in results if key(result) == group_key]
-        over = [
-            100 * (result["validation"] / exact[result["tokens_per_step"], result["seed"]] - 1)
+        pairs = [
+            (result["validation"], exact.get((result["tokens_per_step"], result["seed"])))
             for result in group
-            if (result["tokens_per_step"], result["seed"]) in exact
         ]
+        over = [100 * (one / other - 1) for one, other in pairs if None not in (one, other)]
         cells = [
             f"{group_key[0]:,}",
             group[0]["arm"],
             str(len(group)),
-            mean_and_deviation([result["loss"] for result in group], "{:.4f}"),
-            mean_and_deviation([result["validation"] for result in group], "{:.4f}"),
-            mean_and_deviation(over, "{:+.3f}", " %") if group[0]["arm"] != "exact" else "",
+            _summary([result["loss"] for result in group], "{:.4f}"),
+            _summary([result["validation"] for result in group], "{:.4f}"),
+            _summary(over, "{:+.3f}", " %") if group[0]["arm"] != "exact" else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _summary(values: Sequence[float | None], form: str, unit: str = "") -> str:
+    known = [value for value in values if value is not None]
+    return mean_and_deviation(known, form, unit) or "-"
 
 
 def main() -> None:

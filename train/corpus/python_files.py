@@ -22,8 +22,9 @@ class PythonFiles:
     """Python files in folders, each content once, without what was written by programs.
 
     Left out are files that are larger than `max_bytes`, have a line of more than 1,000 letters, say
-    at the top that they were generated, or do not decode (the standard library's tests have some on
-    purpose). Files with the same content are one document, the first of them.
+    at the top that they were generated, or do not decode to what UTF-8 can hold (the standard
+    library's tests have some on purpose). Files with the same content are one document, the first
+    of them.
 
     Whether a file is held out depends on its name, so that it stays so when it changes.
 
@@ -97,6 +98,7 @@ def _text(content: bytes) -> str | None:
     try:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
         text = content.decode(encoding)
-    except (SyntaxError, LookupError, UnicodeDecodeError):  # no such encoding, or wrong bytes
+        text.encode()  # some encodings spell halves of surrogate pairs
+    except (SyntaxError, LookupError, ValueError):  # no such encoding, or wrong bytes
         return None
     return text if max(map(len, text.split("\n"))) <= _LONGEST_LINE else None

@@ -7,23 +7,14 @@ machine.
 
 import dataclasses
 import hashlib
-import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 from train.corpus.damage import OnDamage, refuse
+from train.corpus.folders import SUFFIXES, Kind, find_files, kind_of_all, leads_nowhere
 from train.corpus.readers import pyarrow_library, read_json_lines, read_parquet, read_text
-
-type Kind = Literal["text", "jsonl", "parquet"]
-
-SUFFIXES: dict[Kind, tuple[str, ...]] = {
-    "text": (".txt", ".md", ".rst", ".py"),
-    "jsonl": (".jsonl", ".ndjson"),
-    "parquet": (".parquet",),
-}
-"""The files of a folder that are read, by kind."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,9 +102,15 @@ def open_source(
 ) -> FileSource:
     """Finds the files of a source.
 
+    Links to folders are followed, and each folder is read once. A link that leads nowhere is
+    damage, as a file that cannot be read is; without a suffix, too, for it may have led to a
+    folder.
+
     Args:
         path: a file, or a folder with everything in it that is not hidden.
-        kind: as in `FileSource`; None tells it by the suffix, as in `SUFFIXES`.
+        kind: as in `FileSource`; None tells it by the suffix, as in `SUFFIXES`. Beside JSON lines
+            or Parquet, texts named README, LICENSE and the like are then about the data and not
+            read.
         field: the field of JSON lines, or the column of Parquet, that has the text.
         pattern: the files of the folder to read, for example "**/*.tex"; None reads those with a
             suffix of the kind.
@@ -129,10 +126,10 @@ def open_source(
     if path.is_file():
         root, names = path.parent, [path.name]
     elif path.is_dir():
-        root, names = path, _find(path, kind, pattern)
+        root, names = path, find_files(path, kind, pattern)
     else:
         raise FileNotFoundError(f"no such file or folder: {path}")
-    kind = kind or _one_kind(path, names)
+    kind = kind or kind_of_all(path, names)
     if kind == "parquet":
         pyarrow_library()  # that it is missing should not show after an hour
     return FileSource(root, tuple(names), kind, field)
@@ -146,40 +143,6 @@ def fingerprint_files(files: Sequence[tuple[str, Path]], settings: Sequence[obje
     """
     digest = hashlib.sha256(json.dumps(list(settings)).encode())
     for name, path in files:
-        about = path.stat()
+        about = path.lstat() if leads_nowhere(path) else path.stat()
         digest.update(json.dumps([name, about.st_size, about.st_mtime_ns]).encode())
     return digest.hexdigest()
-
-
-def _find(folder: Path, kind: Kind | None, pattern: str | None) -> list[str]:
-    """The files to read in a folder, in order."""
-    paths = [path for path in folder.glob(pattern or "**/*") if path.is_file()]
-    parts = [path.relative_to(folder).parts for path in paths]
-    names = sorted("/".join(part) for part in parts if not any(map(_is_hidden, part)))
-    if pattern is None:
-        suffixes = SUFFIXES[kind] if kind else tuple(itertools.chain(*SUFFIXES.values()))
-        names = [name for name in names if name.endswith(suffixes)]
-        wanted = f"end in {', '.join(suffixes)}"
-    else:
-        wanted = f"match {pattern!r}"
-    if not names:
-        raise ValueError(f"{folder} has no files whose names {wanted}")
-    return names
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".")
-
-
-def _one_kind(path: Path, names: Sequence[str]) -> Kind:
-    """The kind that all files have by their suffixes."""
-    example: dict[Kind, str] = {}
-    for name in names:
-        kinds: list[Kind] = [kind for kind in SUFFIXES if name.endswith(SUFFIXES[kind])]
-        if not kinds:
-            raise ValueError(f"cannot tell the kind of {name} in {path}; give it as kind")
-        example.setdefault(kinds[0], name)
-    if len(example) > 1:
-        found = ", ".join(f"{kind} ({name})" for kind, name in example.items())
-        raise ValueError(f"{path} has files of several kinds, {found}; choose one as kind")
-    return next(iter(example))

@@ -127,11 +127,15 @@ class ReleasedTokenizer:
         Raises:
             ImportError: the package `tokenizers` is not installed.
             FileNotFoundError: no vocabulary in the folder.
-            ValueError: a damaged file, no token that ends a document, or `multiple_of` is not
-                positive.
+            ValueError: a damaged file, one of another name than `tokenizer.json`, no token that
+                ends a document, or `multiple_of` is not positive.
         """
         _check(multiple_of)
         path = Path(folder)
+        if path.is_file() and path.name != "tokenizer.json":
+            raise ValueError(
+                f"a tokenizer is a folder, or the tokenizer.json in it, got the file {path}"
+            )
         self._arguments = path, end_token, multiple_of
         self._text = TextTokenizer.from_folder(path.parent if path.is_file() else path)
         self._text.backend.encode_special_tokens = True

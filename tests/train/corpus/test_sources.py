@@ -1,12 +1,14 @@
 """Documents from files: order, kinds, and what is damaged."""
 
 import json
+import os
 import sys
 
 import pytest
 
 from tests.train.corpus.builders import write_json_lines
-from train.corpus import DamagedDataError, open_source
+from train.corpus import ByteTokenizer, DamagedDataError, load_documents, open_source
+from train.corpus.folders import matches
 
 
 def texts(source):
@@ -41,6 +43,89 @@ def test_hidden_and_other_files_are_not_read(tmp_path):
     assert texts(open_source(tmp_path, kind="text", pattern="**/*.tex")) == ["e"]
 
 
+def test_suffixes_may_be_upper_case(tmp_path):
+    write(tmp_path, {"B.TXT": "b", "a.Md": "a"})
+    assert texts(open_source(tmp_path)) == ["b", "a"]
+    assert texts(open_source(tmp_path / "B.TXT")) == ["b"]
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    data, other = tmp_path / "data", tmp_path / "other"
+    write(data, {"a.txt": "a", "z/b.txt": "b"})
+    write(other, {"deep/c.txt": "c", "deep/.d.txt": "d", ".hidden/e.txt": "e"})
+    links = {"again": other, "alias": data / "z", "first": other / "deep", ".hidden": other}
+    for name, target in links.items():
+        (data / name).symlink_to(target)
+    for folder in (data / "z", other / "deep"):
+        (folder / "around").symlink_to(data)
+    (data / "file.txt").symlink_to(other / "deep" / "c.txt")
+    source = open_source(data)
+    # What is in a folder has the path without a link, or else the first.
+    assert source.paths == ("a.txt", "again/deep/c.txt", "file.txt", "z/b.txt")
+    assert texts(source) == ["a", "c", "c", "b"]
+    (tmp_path / "link").symlink_to(data)
+    assert open_source(tmp_path / "link").paths == source.paths
+
+
+def test_links_that_lead_nowhere_are_damage(tmp_path):
+    write(tmp_path, {"a.txt": "a"})
+    (tmp_path / "b.txt").symlink_to(tmp_path / "gone.txt")
+    (tmp_path / "c.txt").symlink_to(tmp_path / "c.txt")
+    (tmp_path / "part").symlink_to(tmp_path / "gone")
+    (tmp_path / "picture.png").symlink_to(tmp_path / "gone")
+    source, damage = open_source(tmp_path), []
+    with pytest.raises(DamagedDataError, match=r"b\.txt cannot be read: .*No such file"):
+        texts(source)
+    assert [document.text for document in source.documents(damage.append)] == ["a"]
+    assert [str(error).split()[0] for error in damage] == ["b.txt", "c.txt", "part"]
+    with pytest.warns(UserWarning, match="3 damaged texts are left out, the first: b.txt"):
+        documents = load_documents(
+            source, ByteTokenizer(), damaged="skip", cache_dir=tmp_path / "cache"
+        )
+    assert documents.skipped == 3
+    write(tmp_path, {"gone.txt": "b"})
+    assert open_source(tmp_path, pattern="b.txt").fingerprint() != source.fingerprint()
+    assert texts(open_source(tmp_path, pattern="b.txt")) == ["b"]
+
+
+def test_what_is_no_file_is_not_read(tmp_path):
+    write(tmp_path, {"a.txt": "a"})
+    os.mkfifo(tmp_path / "b.txt")
+    assert texts(open_source(tmp_path)) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "matching"),
+    [
+        ("a.tex", "*.tex", True),
+        ("b/a.tex", "*.tex", False),
+        ("b/a.tex", "b/[a-c].tex", True),
+        ("a.tex", "**/*.tex", True),
+        ("c/b/a.tex", "**/*.tex", True),
+        ("c/b/a.tex", "c/**/b/**/a.?ex", True),
+        ("c/b/a.TEX", "**/*.tex", False),
+        ("a.tex", "", False),
+        ("a.tex", "/**/*.tex", False),
+    ],
+)
+def test_patterns(name, pattern, matching):
+    assert matches(name, pattern) == matching
+
+
+def test_texts_about_data_are_no_data(tmp_path):
+    """The layout of a data set of Hugging Face."""
+    about = ("README.md", "README_zh.md", "LICENSE.txt", "data/Readme.md", ".gitattributes")
+    write(tmp_path, dict.fromkeys(about, "about") | {"data/a.jsonl": '{"text": "a"}'})
+    assert texts(open_source(tmp_path)) == ["a"]
+    assert len(texts(open_source(tmp_path, kind="text"))) == 4
+    write(tmp_path, {"notes.md": "perhaps data"})
+    with pytest.raises(ValueError, match=r"several kinds, jsonl \(data/a\.jsonl\), text \(notes"):
+        open_source(tmp_path)
+    # Alone they are text as others are.
+    (tmp_path / "data" / "a.jsonl").unlink()
+    assert len(texts(open_source(tmp_path))) == 5
+
+
 def test_texts_are_not_changed(tmp_path):
     text = "\ta\r\nb\rc \n\n日本\0"
     write(tmp_path, {"a.txt": text, "b.txt": b"\xef\xbb\xbf" + text.encode()})
@@ -64,7 +149,7 @@ def test_lines_of_json(tmp_path):
 def test_another_field_and_a_single_file(tmp_path):
     path = write_json_lines(tmp_path / "a.json", ["one", "two"], field="content")
     assert texts(open_source(path, kind="jsonl", field="content")) == ["one", "two"]
-    with pytest.raises(ValueError, match=r"cannot tell the kind of a\.json .*; give it as kind"):
+    with pytest.raises(ValueError, match=r"cannot tell the kind of a\.json .* as kind \(--kind\)"):
         open_source(path)
 
 
@@ -157,13 +242,13 @@ def test_refuses_what_is_no_source(tmp_path):
     with pytest.raises(ValueError, match=r"has no files whose names end in \.txt, .*\.parquet"):
         open_source(tmp_path)
     write(tmp_path, {"a.txt": "a", "b.jsonl": GOOD})
-    with pytest.raises(ValueError, match=r"several kinds, text \(a\.txt\), jsonl \(b\.jsonl\)"):
+    with pytest.raises(ValueError, match=r"kinds, text \(a\.txt\), jsonl \(b\.jsonl\).*--kind"):
         open_source(tmp_path)
     assert texts(open_source(tmp_path, kind="jsonl")) == ["good"]
     with pytest.raises(ValueError, match=r"names match '\*\.tex'"):
         open_source(tmp_path, pattern="*.tex")
     with pytest.raises(ValueError, match="kind must be one of text, jsonl, parquet, got 'csv'"):
-        open_source(tmp_path, kind="csv")
+        open_source(tmp_path, kind="csv")  # pyright: ignore[reportArgumentType]
 
 
 def test_parquet_needs_pyarrow(tmp_path, monkeypatch):

@@ -80,6 +80,13 @@ def test_the_token_that_ends_a_text_can_be_chosen(tmp_path):
     assert tokenizer.end_id == tokenizer.pad_id == ReleasedTokenizer(FOLDER).end_id
 
 
+def test_a_file_must_be_the_one_that_is_read(tmp_path):
+    shutil.copy(FOLDER / "tokenizer.json", tmp_path)
+    mine = Path(shutil.copy(FOLDER / "tokenizer.json", tmp_path / "mine.json"))
+    with pytest.raises(ValueError, match=r"the tokenizer\.json in it, got the file .*mine\.json"):
+        ReleasedTokenizer(mine, end_token="<|endoftext|>")
+
+
 def test_fingerprints_tell_tokenizers_apart(tmp_path):
     path = Path(shutil.copy(FOLDER / "tokenizer.json", tmp_path))
     same = ReleasedTokenizer(path, end_token="<|endoftext|>").fingerprint()
