@@ -6,6 +6,7 @@ SIGINT and SIGTERM save one first.
 """
 
 import functools
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from train.run import (
     as_command,
     carry_out,
     mesh_of,
+    needs_export,
     parse,
     printer,
     run_record,
@@ -62,6 +64,7 @@ def train(
         FloatingPointError: `config.skips_in_a_row` updates in a row were not finite.
         NotImplementedError: JAX was started with several processes.
     """
+    started = time.monotonic()
     mesh_of(config)  # refuses before anything is made
     say = printer(show_progress)
     build = functools.partial(make_models, config)
@@ -77,8 +80,11 @@ def train(
         return arrays
 
     if config.task == "text":
-        rows, held_out = open_rows(config)
-        say(f"{len(rows):,} texts to learn from, {len(held_out)} to test")
+        rows, held_out, dropped = open_rows(config)
+        say(
+            f"{len(rows):,} texts to learn from, {len(held_out):,} to test, {dropped:,} longer "
+            f"than max_tokens={config.max_tokens} left out"
+        )
     else:
         say(f"making {config.problems:,} problems of {config.task}")
         made = make_table(
@@ -111,12 +117,12 @@ def train(
         plan,
         stream,
         hooks=[Hook(config.validate_every, validate)],
+        started=started,
         on_row=on_row,
         show_progress=show_progress,
     )
     export = result.folder / "export"
-    made_steps = result.step > result.first_step
-    if result.stopped in ("finished", "time limit") and (made_steps or not export.exists()):
+    if needs_export(config, result):
         models = skeleton.join(jax.device_put(result.arrays))
         save_export(
             export,
@@ -124,6 +130,7 @@ def train(
             make_card(config, result),
             config.export_dtype,
             beside=config.start_from if config.task == "text" else None,
+            block_length=config.block_length if config.sight == "block_causal" else None,
         )
         say(f"exported {export}")
     return result

@@ -21,6 +21,7 @@ from jaxgen.checkpoints import (
 )
 from jaxgen.models import DiffusionLM, DiffusionLMConfig
 from jaxgen.pipelines.chat import CHATML, LLADA
+from jaxgen.pipelines.text_folder import check_tokenizer
 from jaxgen.sampling import (
     BlockDiffusion,
     MaskedDiffusion,
@@ -39,6 +40,7 @@ from train.state import Loss, Skeleton
 from train.text_data import read_rows
 
 _CARD = "card.json"
+_ENDS = ("eos_token_id", "pad_token_id")
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -213,6 +215,7 @@ def save_export(
     dtype: str,
     *,
     beside: Path | None = None,
+    block_length: int | None = None,
 ) -> None:
     """Writes a model as transformers names its parts, with a card.
 
@@ -221,15 +224,29 @@ def save_export(
         model: what was trained.
         card: what is to be known of it.
         dtype: of the weights.
-        beside: a folder whose tokenizer belongs to the model.
+        beside: a folder whose tokenizer, ends and padding belong to the model.
+        block_length: tokens of a block, for who decodes; None: nothing is said of it.
     """
     graph, state = nnx.split(model)
     cast = nnx.merge(graph, jax.tree.map(lambda array: array.astype(dtype), state))
     save_diffusion_lm_folder(folder, cast)
+    _add_to_config(folder, beside, block_length)
     for name in _TOKENIZER_FILES if beside is not None else ():
         if beside is not None and (beside / name).is_file():
             write_atomically(folder / name, [(beside / name).read_bytes()])
     write_atomically(folder / _CARD, [(json.dumps(card, indent=2) + "\n").encode()])
+
+
+def _add_to_config(folder: Path, beside: Path | None, block_length: int | None) -> None:
+    """Adds to `config.json` what decoding a model needs to know besides its shape."""
+    path = folder / "config.json"
+    values = parse_json_object(path.read_bytes(), str(path))
+    if beside is not None:
+        theirs = parse_json_object((beside / path.name).read_bytes(), str(beside / path.name))
+        values |= {name: theirs[name] for name in _ENDS if name in theirs}
+    if block_length is not None:
+        values["block_size"] = block_length
+    write_atomically(path, [(json.dumps(values, indent=2) + "\n").encode()])
 
 
 def load_export(folder: Path, *, precision: str) -> tuple[DiffusionLM, dict[str, Any]]:
@@ -248,19 +265,31 @@ def load_export(folder: Path, *, precision: str) -> tuple[DiffusionLM, dict[str,
     return model, parse_json_object(path.read_bytes(), str(path)) if path.is_file() else {}
 
 
-def open_rows(config: Config) -> tuple[Rows, Rows]:
-    """Returns what a run on text learns from, and the last texts of the file, which it does not.
+def open_rows(config: Config) -> tuple[Rows, Rows, int]:
+    """Returns what a run on text learns from, what it does not, and how many were left out.
+
+    The last texts of the file are not learned. Those that are too long are left out.
 
     Raises:
         FileNotFoundError: no such file, or a model without a tokenizer.
-        ValueError: a damaged file, or fewer texts than are held out.
+        ValueError: a damaged file, fewer texts than are held out, a tokenizer that is not the
+            model's, or a `sight` that the model is not decoded with.
     """
     assert config.data is not None
     assert config.start_from is not None
-    chat = CHATML if shape_of(config.start_from).qk_norm else LLADA
+    shape = shape_of(config.start_from)
+    sight = "block_causal" if shape.qk_norm else "bidirectional"
+    if config.sight != sight:
+        raise ValueError(
+            f"the model in {config.start_from} answers with sight={sight!r} and is to be trained "
+            f"so, got sight={config.sight!r}"
+        )
+    tokenizer = TextTokenizer.from_folder(config.start_from)
+    check_tokenizer(shape, tokenizer)
+    chat = CHATML if shape.qk_norm else LLADA
     rows, dropped = read_rows(
         config.data,
-        TextTokenizer.from_folder(config.start_from),
+        tokenizer,
         max_tokens=config.max_tokens,
         block_length=config.block_length,
         chat=chat if config.chat else None,
@@ -271,4 +300,4 @@ def open_rows(config: Config) -> tuple[Rows, Rows]:
             f"{config.data} has {len(rows)} texts of at most max_tokens={config.max_tokens} tokens "
             f"({dropped} longer ones), not more than test_problems={config.test_problems}"
         )
-    return rows[:kept], rows[kept:]
+    return rows[:kept], rows[kept:], dropped

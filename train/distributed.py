@@ -7,10 +7,12 @@ with the result of the same step.
 
 import json
 import os
+import secrets
 import sys
 import traceback
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
@@ -69,7 +71,7 @@ def first() -> bool:
 
 def everywhere(true: bool) -> bool:
     """Whether something is true in every process."""
-    return jax.process_count() == 1 or bool(_gathered(np.bool_(true)).all())
+    return true if jax.process_count() == 1 else bool(_gathered(np.bool_(true)).all())
 
 
 def alike(value: Any) -> bool:
@@ -78,6 +80,25 @@ def alike(value: Any) -> bool:
         return True
     seen = _gathered(np.uint32(zlib.crc32(json.dumps(value, sort_keys=True).encode())))
     return bool((seen == seen.flat[0]).all())
+
+
+def shared(folder: Path) -> bool:
+    """Whether every process sees what the first one writes into a folder.
+
+    Raises:
+        OSError: The first one cannot.
+    """
+    if jax.process_count() == 1:
+        return True
+    number = int(_gathered(np.uint32(secrets.randbits(32))).flat[0])
+    path = folder / f".shared-{number:08x}"
+    if first():
+        path.touch(exist_ok=False)
+    wait_for_all("shared folder")
+    seen = everywhere(path.exists())
+    if first():
+        path.unlink()
+    return seen
 
 
 def _gathered(number: Any) -> np.ndarray:

@@ -6,6 +6,7 @@ SIGINT and SIGTERM save one first.
 """
 
 import functools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,7 @@ from train.run import (
     as_command,
     carry_out,
     mesh_of,
+    needs_export,
     parse,
     printer,
     run_record,
@@ -64,6 +66,7 @@ def train(
         FloatingPointError: `config.skips_in_a_row` updates in a row were not finite or spiking.
         OutputError: The folder cannot be written.
     """
+    started = time.monotonic()
     mesh = mesh_of(config)  # refuses before anything is made
     with writing(config.output):
         config.output.mkdir(parents=True, exist_ok=True)
@@ -81,6 +84,7 @@ def train(
     say, tokenizer = printer(show_progress), make_tokenizer(config)
     documents = open_documents(config, tokenizer) if documents is None else documents
     learned = documents.part("train", config.held_out)
+    require_enough(config, documents, learned)
     say(f"{learned.token_count:,} tokens of {len(learned):,} documents to learn from")
     shape = model_config(config, tokenizer.size)
     build = lambda: LanguageModel(shape, rngs=nnx.Rngs(config.seed))
@@ -143,18 +147,43 @@ def train(
         plan,
         stream,
         hooks=[Hook(config.validate_every, check), Hook(config.statistics_every, measure)],
+        started=started,
         on_row=on_row,
         show_progress=show_progress,
     )
     export = result.folder / "export"
-    made_steps = result.step > result.first_step
-    if not distributed.first():
-        return result
-    if result.stopped in ("finished", "time limit") and (made_steps or not export.exists()):
+    if distributed.first() and needs_export(config, result):
         model = skeleton.join(jax.device_put(result.arrays))
         save_export(export, model, make_card(config, result, learned), config.export_dtype)
         say(f"exported {export}")
     return result
+
+
+def require_enough(config: Config, documents: Documents, learned: Documents) -> None:
+    """Refuse text that does not suffice, now rather than with the first validation.
+
+    Args:
+        config: The experiment.
+        documents: All of them.
+        learned: Those to learn from.
+
+    Raises:
+        ValueError: None is held out though some are needed, or a row has more tokens than all that
+            are learned from.
+    """
+    if config.context > learned.token_count:
+        raise ValueError(
+            "context must not exceed the tokens to learn from, got "
+            f"context={config.context} and {learned.token_count} tokens"
+        )
+    if config.validate_every or config.statistics_every:
+        try:
+            documents.part("validation", config.held_out)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}: give more documents or a larger --held-out, or do without by "
+                "--validate-every 0 --statistics-every 0"
+            ) from error
 
 
 def make_card(config: Config, result: Finished, documents: Documents) -> dict[str, Any]:

@@ -32,10 +32,19 @@ STOP_REASONS: tuple[StopReason | None, ...] = (None, "finished", "time limit", "
 
 @dataclass(frozen=True)
 class Hook:
-    """Something to do every `every` steps (0: never) and after the last: `run(step, state)`."""
+    """Something to do every `every` steps (0: never) and after the last: `run(step, state)`.
+
+    `ran_after` is the step after which it last ran before this call, 0 if that is not known. What
+    was due with the checkpoint that is resumed, and did not come to its end, is done first.
+    """
 
     every: int
     run: Callable[[int, TrainState], None]
+    ran_after: int = 0
+
+    def due(self, step: int, completed: bool) -> bool:
+        """Whether it is to run after a step, which may have completed the training."""
+        return self.every > 0 and (completed or step % self.every == 0)
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,7 @@ def run(
         checkpoints: Where to save.
         meter: Averages the metrics into rows.
         writers: Get each row.
-        hooks: Run between steps, with the state of that step.
+        hooks: Run between steps, after the checkpoint of that step, with its state.
         extra: More to save with each checkpoint, as JSON; called when saving.
         on_row: Called with each row, for instance to draw a curve.
         show_progress: Show a progress bar on stderr.
@@ -139,6 +148,9 @@ def run(
                     f"{max(checkpoints.steps(), default=0)}"
                 )
 
+        for hook in hooks:
+            if done and hook.ran_after != done and hook.due(done, reason is not None):
+                hook.run(done, state)
         profiler.switch(done)
         while reason is None:
             batch, wanted = next(batches), received() or _reached(done, limits)
@@ -156,7 +168,7 @@ def run(
             else:
                 reason = received() or _reached(done, limits)
             completed = reason in ("finished", "time limit")
-            due = [hook for hook in hooks if hook.every and (completed or done % hook.every == 0)]
+            due = [hook for hook in hooks if hook.due(done, completed)]
             saving = reason is not None or done % limits.save_every == 0
             # The first step compiles; the meter's clock starts when it is done.
             wait = saving or due or meter.untouched or profiler.due(done)

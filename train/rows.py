@@ -1,15 +1,18 @@
 """Rows of tokens to learn from, and endless batches of them: deterministic, resumable.
 
-The rows are in memory. A batch is a function of the seed and its step, so a checkpoint stores one
-number.
+The rows are in memory. A batch is a function of the rows, the seed and its step, so a checkpoint
+stores that number and a hash of the rows.
 """
 
 import dataclasses
 import functools
-from typing import Self
+import hashlib
+from typing import Any, Self
 
 import numpy as np
 from jaxtyping import Bool, Int32
+
+from train.run_folder import ConfigChangedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +39,13 @@ class Rows:
         """Returns the arrays by name, as the loss gets them."""
         return {"tokens": self.tokens, "maskable": self.maskable, "lengths": self.lengths}
 
+    def digest(self) -> str:
+        """Returns a hash of the arrays and their shapes."""
+        found = hashlib.sha256(str(self.tokens.shape).encode())
+        for array in self.batch().values():
+            found.update(np.ascontiguousarray(array).data)
+        return found.hexdigest()
+
 
 class RowBatches:
     """An endless iterator of batches, epoch after epoch, each in another order.
@@ -53,17 +63,27 @@ class RowBatches:
         if len(rows) < batch_size:
             raise ValueError(f"batch_size={batch_size} needs as many rows, got {len(rows)}")
         self._rows, self._batch_size, self._seed, self._step = rows, batch_size, seed, 0
+        self._digest = rows.digest()
         self._order = functools.lru_cache(maxsize=2)(self._draw_order)
 
     def __iter__(self) -> Self:
         return self
 
-    def get_state(self) -> dict[str, int]:
-        """Returns the position: the number of batches taken."""
-        return {"step": self._step}
+    def get_state(self) -> dict[str, Any]:
+        """Returns the position, which is the number of batches taken, and the hash of the rows."""
+        return {"step": self._step, "rows": self._digest}
 
-    def set_state(self, state: dict[str, int]) -> None:
-        """Goes on from a position."""
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on from a position.
+
+        Raises:
+            ConfigChangedError: it is a position in other rows.
+        """
+        if state.get("rows", self._digest) != self._digest:
+            raise ConfigChangedError(
+                "the run learned from other rows than these: the file, or how many texts of it are "
+                "held out, has changed; restore it, or choose another --output"
+            )
         self._step = state["step"]
 
     def __next__(self) -> dict[str, np.ndarray]:

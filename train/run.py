@@ -19,6 +19,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
+from jaxgen.checkpoints import parse_json_object
 from train import distributed, loop, run_folder
 from train.checkpoint import CheckpointError, Checkpoints, abstract, without_stray_errors
 from train.metrics import (
@@ -155,6 +156,7 @@ def carry_out(
     stream: Any,
     *,
     hooks: Sequence[Hook] = (),
+    started: float | None = None,
     on_row: Callable[[Row], None] | None = None,
     show_progress: bool = True,
 ) -> Finished:
@@ -165,21 +167,41 @@ def carry_out(
         plan: What is trained.
         stream: Iterator of batches, dictionaries of NumPy arrays, with `get_state()` and
             `set_state()`.
-        hooks: Done between steps.
+        hooks: Done between steps; in a resumed run their order tells which is which.
+        started: `time.monotonic()` from which time counts; now by default.
         on_row: Called with each row of metrics.
         show_progress: Say what happens and show a progress bar, on stderr.
 
     Raises:
-        ValueError: The options do not fit the devices, or the folder holds a run with others.
+        ValueError: The options do not fit the devices, or processes differ in them or the data.
+        FolderError: The folder holds a run with other options or something else, another run is at
+            work there, or processes see different folders.
         FloatingPointError: `config.skips_in_a_row` updates in a row were not finite or spiking.
         CheckpointError: A checkpoint could not be saved, or there are some and none can be read.
         OutputError: Something else in the folder cannot be written.
     """
-    started, say = time.monotonic(), printer(show_progress)
+    started = time.monotonic() if started is None else started
     mesh = mesh_of(config)
     distributed.require_alike(run_folder.to_json(config), stream.get_state())
+    with run_folder.reserved(config.output):
+        return _carry_out(config, plan, stream, mesh, hooks, started, on_row, show_progress)
+
+
+def _carry_out(
+    config: Options,
+    plan: Plan,
+    stream: Any,
+    mesh: Mesh,
+    hooks: Sequence[Hook],
+    started: float,
+    on_row: Callable[[Row], None] | None,
+    show_progress: bool,
+) -> Finished:
+    """Do what `carry_out` says in a folder that no other run uses."""
+    say = printer(show_progress)
     with writing(config.output):
         folder = run_folder.claim(config, write=distributed.first())
+    distributed.wait_for_all("claimed")  # before anything is written beside the configuration
     rate = config.learning_rate_schedule()
     optimizer = plan.optimizer(rate)
     seed = np.uint32(config.seed)
@@ -228,6 +250,7 @@ def carry_out(
             state = _new_state(plan, initialize, seed, shardings)
             extra = {"seconds": 0.0}
         first_step = int(state.step)
+        ran_after = run_folder.steps_of_hooks(folder, len(hooks))
 
         def seconds() -> float:
             return extra["seconds"] + time.monotonic() - started
@@ -235,9 +258,11 @@ def carry_out(
         def averaged(state: TrainState) -> Arrays:
             return gather(state.ema | state.frozen, mesh)
 
-        def on_first(hook: Hook, step: int, arrays: Arrays) -> None:
+        def on_first(number: int, step: int, arrays: Arrays) -> None:
             if distributed.first():
-                hook.run(step, arrays)
+                hooks[number].run(step, arrays)
+                ran_after[number] = step
+                run_folder.write_steps_of_hooks(folder, ran_after)
             distributed.wait_for_all(f"step {step}")  # or a long one looks like a step that hangs
 
         writers: list[Writer] = []
@@ -272,9 +297,10 @@ def carry_out(
                 hooks=[
                     loop.Hook(
                         hook.every,
-                        lambda step, state, hook=hook: on_first(hook, step, averaged(state)),
+                        lambda step, state, number=number: on_first(number, step, averaged(state)),
+                        ran_after[number],
                     )
-                    for hook in hooks
+                    for number, hook in enumerate(hooks)
                 ],
                 extra=lambda: {"seconds": seconds()},
                 on_row=on_row,
@@ -328,6 +354,25 @@ def run_record(config: Options, result: Finished) -> dict[str, Any]:
     }
 
 
+def needs_export(config: Options, result: Finished) -> bool:
+    """Whether a run that ended by itself has no complete export of its last step yet.
+
+    The card is written last, so what it says holds for the rest. One that is complete stays as it
+    is, with what was added to its card.
+    """
+    if result.stopped not in ("finished", "time limit"):
+        return False
+    path, new = result.folder / "export" / "card.json", run_folder.to_json(config)
+    try:
+        card = parse_json_object(path.read_bytes(), str(path))
+    except (OSError, ValueError):
+        return True
+    old = card.get("config", new)
+    made_steps = result.step > result.first_step
+    other_dtype = old.get("export_dtype") != new.get("export_dtype")
+    return made_steps or other_dtype or card.get("steps") != result.step
+
+
 def printer(show: bool) -> Callable[[str], Any]:
     """Return a function that prints to stderr, in the first process, or does nothing."""
     if show and distributed.first():
@@ -348,11 +393,11 @@ def as_command(train: Callable[[], loop.StopReason]) -> None:
     """Train as a command, whose exit code tells how it ended.
 
     0 when finished or out of time, 128 + the signal's number after a signal, and 1 with a message
-    if the folder holds a run with other options, cannot be written, or holds checkpoints of which
-    none can be read, or if too many updates were skipped. `train.distributed.PEER_FAILED` if
-    another process of the run went away.
+    if the folder is not one for this run, is used by another, cannot be written, or holds
+    checkpoints of which none can be read, or if too many updates were skipped.
+    `train.distributed.PEER_FAILED` if another process of the run went away.
     """
-    expected = run_folder.ConfigChangedError, CheckpointError, OutputError, FloatingPointError
+    expected = run_folder.FolderError, CheckpointError, OutputError, FloatingPointError
     try:
         with without_stray_errors():
             stopped = distributed.ending_together(train, expected)

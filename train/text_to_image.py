@@ -7,6 +7,7 @@ command again resumes from the newest checkpoint, exactly; SIGINT and SIGTERM sa
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from jaxgen.text import WordTokenizer
 from train import loop, openmoji
 from train.data import batches
 from train.metrics import Row
-from train.run import Hook, Plan, as_command, carry_out, mesh_of, parse, printer
+from train.run import Hook, Plan, as_command, carry_out, mesh_of, needs_export, parse, printer
 from train.state import Arrays, TrainState, make_optimizer, take_apart
 from train.text_to_image_config import Config
 from train.text_to_image_parts import (
@@ -75,6 +76,7 @@ def train(
         FloatingPointError: `config.skips_in_a_row` updates in a row were not finite.
         NotImplementedError: JAX was started with several processes.
     """
+    started = time.monotonic()
     mesh_of(config)  # refuses before anything is made
     emojis = load_pictures(config, emojis)
     borrowed = None
@@ -120,13 +122,13 @@ def train(
         plan,
         stream,
         hooks=[Hook(config.sample_every, draw)],
+        started=started,
         on_row=on_row,
         show_progress=show_progress,
     )
     card = make_card(config, emojis, run.rows, run.step, run.seconds, run.devices)
     pipeline, export = pipeline_of(run.arrays, card), run.folder / "export"
-    made_steps = run.step > run.first_step  # a finished run keeps what was added to its card
-    if run.stopped in ("finished", "time limit") and (made_steps or not export.exists()):
+    if needs_export(config, run):
         pipeline.save_pretrained(export, dtype=jnp.bfloat16)
         printer(show_progress)(f"exported {export}")
     return Result(run.folder, run.step, run.stopped, run.rows, pipeline, run.state)

@@ -6,6 +6,7 @@ from the newest checkpoint, exactly; SIGINT and SIGTERM save one first.
 """
 
 import functools
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ from train.run import (
     as_command,
     carry_out,
     mesh_of,
+    needs_export,
     parse,
     printer,
     run_record,
@@ -66,6 +68,7 @@ def train(
         FloatingPointError: `config.skips_in_a_row` updates in a row were not finite.
         NotImplementedError: JAX was started with several processes.
     """
+    started = time.monotonic()
     mesh_of(config)  # refuses before anything is made
     clips = open_clips(config) if clips is None else clips
     tokenizer = make_tokenizer() if tokenizer is None else tokenizer
@@ -110,11 +113,16 @@ def train(
     ]
     with stream:
         result = carry_out(
-            config, plan, stream, hooks=hooks, on_row=on_row, show_progress=show_progress
+            config,
+            plan,
+            stream,
+            hooks=hooks,
+            started=started,
+            on_row=on_row,
+            show_progress=show_progress,
         )
     export = result.folder / "export"
-    made_steps = result.step > result.first_step
-    if result.stopped in ("finished", "time limit") and (made_steps or not export.exists()):
+    if needs_export(config, result):
         models = skeleton.join(jax.device_put(result.arrays))
         save_export(export, models, tokenizer, make_card(config, result), config.export_dtype)
         printer(show_progress)(f"exported {export}")

@@ -225,6 +225,11 @@ def test_processes_with_other_options_or_data_are_refused(monkeypatch, what):
         call()
 
 
+def test_alone_what_is_true_here_is_true_everywhere():
+    assert distributed.everywhere(True)
+    assert not distributed.everywhere(False)
+
+
 def test_alone_errors_are_raised_as_they_are():
     def fail():
         raise ValueError("some fault")

@@ -3,6 +3,7 @@
 import json
 import shlex
 import signal
+import time
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import tyro
 
 from tests.train import commands
+from train import language_model
 from train.corpus import ByteTokenizer
 from train.language_model import train
 from train.language_model_config import MODELS, Config
@@ -135,6 +137,59 @@ def test_int8_attention_trains_alike(short, text, tmp_path):
 def test_tokens_see_the_documents_before_theirs_only_if_asked(short, text, tmp_path):
     across = run(tmp_path, text, validate_every=0, steps=3, across_documents=True)
     assert abs(losses(short)[0] - losses(across)[0]) > 1e-4
+
+
+def test_an_export_that_is_stale_or_not_whole_is_made_again(text, tmp_path):
+    options = {"steps": 3, "validate_every": 5}  # validates at the end only
+
+    def again(**changes):
+        result = run(tmp_path, text, **options, **changes)
+        assert (result.step, result.stopped) == (3, "finished")
+        return load_export(tmp_path / "export")[1]
+
+    assert run(tmp_path, text, **options, time_limit=0).stopped == "time limit"
+    stop = lambda row: row["step"] == 2 and signal.raise_signal(signal.SIGTERM)
+    last = run(tmp_path, text, **options, on_row=stop)
+    assert (last.step, last.stopped) == (3, "SIGTERM")
+    assert load_export(tmp_path / "export")[1]["steps"] == 1
+    card = again()
+    assert (card["steps"], card["validation"]["step"]) == (3, 3)
+    path = tmp_path / "export" / "card.json"
+    path.unlink()
+    assert again()["validation"] == card["validation"]
+    assert again(export_dtype="bfloat16")["config"]["export_dtype"] == "bfloat16"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"evaluation": 1}))
+    assert again(export_dtype="bfloat16")["evaluation"] == 1
+
+
+@pytest.mark.parametrize("option", ["validate_every", "statistics_every"])
+def test_too_few_documents_to_hold_out_are_refused_at_the_start(tmp_path, option):
+    (tmp_path / "one.txt").write_text("a single document " * 30)
+    changes = {"validate_every": 0, option: 1000}
+    message = "none of 1 documents is for validation .*: give more documents or a larger --held-out"
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "run", tmp_path / "one.txt", **changes)
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_context_longer_than_all_text_is_refused(text, tmp_path):
+    message = r"must not exceed the tokens to learn from, got context=100000 and \d+ tokens"
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, text, context=100_000)
+
+
+def test_time_counts_from_before_the_text_is_encoded(text, tmp_path, monkeypatch):
+    seen = {}
+
+    def encode(*arguments):
+        seen["encoding"] = time.monotonic()
+        return open_documents(*arguments)
+
+    monkeypatch.setattr(language_model, "open_documents", encode)
+    monkeypatch.setattr(language_model, "carry_out", lambda *_, **options: seen.update(options))
+    with pytest.raises(AttributeError):  # of what was to be returned
+        run(tmp_path, text)
+    assert seen["started"] <= seen["encoding"]
 
 
 def test_another_text_is_refused_when_resuming(straight, text, tmp_path):

@@ -1,11 +1,14 @@
 """Problems as rows of tokens, and batches of them."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from train.problem_data import Layout, make_table, rows_of, verdict
 from train.problems import EOS, Problem, Vocabulary
 from train.rows import RowBatches
+from train.run_folder import ConfigChangedError
 
 TASKS = [("arithmetic", (1, 3), Layout(16, 60)), ("sudoku", (1,), Layout(81, 81))]
 
@@ -69,11 +72,26 @@ def test_batches_are_a_function_of_seed_and_step():
     table = make_table("arithmetic", (3,), 10)
     stream = RowBatches(table.rows(), batch_size=4, seed=0)
     taken = [next(stream)["tokens"] for _ in range(6)]
-    assert stream.get_state() == {"step": 6}
-    stream.set_state({"step": 2})
+    state = stream.get_state()
+    assert state.pop("rows") == table.rows().digest()
+    assert state == {"step": 6}
+    stream.set_state(stream.get_state() | {"step": 2})
     for tokens in taken[2:]:
         np.testing.assert_array_equal(next(stream)["tokens"], tokens)
     assert (next(RowBatches(table.rows(), batch_size=4, seed=1))["tokens"] != taken[0]).any()
+
+
+def test_a_position_is_one_in_these_rows():
+    rows = make_table("arithmetic", (3,), 10).rows()
+    state = RowBatches(rows, batch_size=4, seed=0).get_state()
+    for name, array in rows.batch().items():
+        other = array.copy()
+        other.flat[-1] = not other.flat[-1]
+        stream = RowBatches(dataclasses.replace(rows, **{name: other}), batch_size=4, seed=0)
+        with pytest.raises(ConfigChangedError, match="learned from other rows than these"):
+            stream.set_state(state)
+    with pytest.raises(ConfigChangedError, match="learned from other rows than these"):
+        RowBatches(rows[:9], batch_size=4, seed=0).set_state(state)
 
 
 @pytest.mark.parametrize(
