@@ -25,7 +25,7 @@ demo: setup  ## draw emoji with the shipped models, compare four samplers, train
 	@$(BIN)/python -m train.demo
 
 test: setup  ## run the tests (CPU)
-	@$(BIN)/python -m pytest -n $(WORKERS) tests
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests
 
 lint: setup  ## ruff and pyright
 	@$(BIN)/ruff check .
