@@ -21,7 +21,7 @@ from jaxgen.checkpoints import (
 )
 from jaxgen.models import DiffusionLM, DiffusionLMConfig
 from jaxgen.pipelines.chat import CHATML, LLADA
-from jaxgen.pipelines.text_folder import check_tokenizer
+from jaxgen.pipelines.text_folder import check_mask, check_tokenizer
 from jaxgen.sampling import (
     BlockDiffusion,
     MaskedDiffusion,
@@ -286,6 +286,7 @@ def open_rows(config: Config) -> tuple[Rows, Rows, int]:
         )
     tokenizer = TextTokenizer.from_folder(config.start_from)
     check_tokenizer(shape, tokenizer)
+    check_mask(shape, tokenizer)
     chat = CHATML if shape.qk_norm else LLADA
     rows, dropped = read_rows(
         config.data,
@@ -293,6 +294,7 @@ def open_rows(config: Config) -> tuple[Rows, Rows, int]:
         max_tokens=config.max_tokens,
         block_length=config.block_length,
         chat=chat if config.chat else None,
+        mask_id=shape.mask_id,
     )
     kept = len(rows) - config.test_problems
     if kept < 1:

@@ -18,6 +18,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxgen.tokenizers import TextTokenizer
+
 type Message = Mapping[str, str]
 """`{"role": "user", "content": "..."}`."""
 
@@ -49,7 +51,11 @@ class ChatFormat:
     def tokens(self) -> tuple[str, ...]:
         """The special tokens, each of which a tokenizer must have."""
         text = self.start + self.before_role + self.after_role + self.end + self.after_end
-        return tuple(re.findall(r"<\|.*?\|>", text))
+        return tuple(dict.fromkeys([*re.findall(r"<\|.*?\|>", text), self.end]))
+
+    def missing(self, tokenizer: TextTokenizer) -> tuple[str, ...]:
+        """Returns those of its tokens of which a tokenizer does not make one id."""
+        return tuple(token for token in self.tokens if not tokenizer.finds(token))
 
     def text(self, messages: Sequence[Message]) -> str:
         """Returns a conversation up to where the assistant answers.
@@ -85,6 +91,23 @@ LLADA = ChatFormat(
     strip=True,
 )
 """LLaDA-8B-Instruct."""
+
+
+def check_chat_format(chat_format: ChatFormat, tokenizer: TextTokenizer) -> None:
+    """Refuses a chat format that a tokenizer cannot write.
+
+    Raises:
+        TypeError: no chat format.
+        ValueError: the tokenizer does not make one id of each of its tokens.
+    """
+    if not isinstance(chat_format, ChatFormat):
+        raise TypeError(f"chat_format must be a ChatFormat, got {chat_format!r}")
+    missing = chat_format.missing(tokenizer)
+    if missing:
+        raise ValueError(
+            "the tokenizer must make one id of each token of the chat format, it does not of "
+            f"{', '.join(map(repr, missing))}"
+        )
 
 
 def _checked(message: Any) -> tuple[str, str]:

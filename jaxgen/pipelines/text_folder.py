@@ -12,6 +12,7 @@ from jaxgen.checkpoints import diffusion_lm_config_from_json, load_diffusion_lm_
 from jaxgen.checkpoints.placement import Placement, Progress
 from jaxgen.layers import AttentionName
 from jaxgen.models.diffusion_lm import DiffusionLMConfig
+from jaxgen.pipelines.chat import ChatFormat, check_chat_format
 from jaxgen.pipelines.diffusers_files import read_json
 from jaxgen.sampling.block_arguments import check_vocabulary
 from jaxgen.tokenizers import TextTokenizer
@@ -24,6 +25,7 @@ def load(
     *,
     reference: str | os.PathLike | None,
     block_length: int | None,
+    chat_format: ChatFormat | None,
     mask_id: int | None,
     dtype: DTypeLike,
     attention: AttentionName,
@@ -32,8 +34,10 @@ def load(
 ) -> dict[str, Any]:
     """Reads a model; see `TextToText.from_pretrained`.
 
-    What is cheap to read is checked before any weights are.
+    What is cheap to read is checked before any weights are. The chat format is checked only.
     """
+    if not (progress is None or isinstance(progress, bool) or callable(progress)):
+        raise TypeError(f"progress must be callable, True, False or None, got {progress!r}")
     folders = {"model": Path(folder)}
     if reference is not None:
         folders["reference"] = Path(reference)
@@ -52,6 +56,10 @@ def load(
         check_vocabulary(configs["model"], configs["reference"])
     tokenizer = TextTokenizer.from_folder(folder)
     check_tokenizer(configs["model"], tokenizer)
+    if mask_id is None:
+        check_mask(configs["model"], tokenizer)
+    if chat_format is not None:
+        check_chat_format(chat_format, tokenizer)
     parts: dict[str, Any] = {"tokenizer": tokenizer}
     parts |= _settings(folders["model"], configs["model"], tokenizer, block_length)
     for role, path in folders.items():
@@ -79,6 +87,19 @@ def check_tokenizer(config: DiffusionLMConfig, tokenizer: TextTokenizer) -> None
         )
 
 
+def check_mask(config: DiffusionLMConfig, tokenizer: TextTokenizer) -> None:
+    """Refuses a tokenizer that names another mask token than the model; it may name none.
+
+    Raises:
+        ValueError: two different tokens.
+    """
+    if tokenizer.mask_id not in (None, config.mask_id):
+        raise ValueError(
+            f"the mask of the tokenizer, {tokenizer.mask_id}, must be that of the model, "
+            f"{config.mask_id}; mask_id can be given by the caller"
+        )
+
+
 def _settings(
     folder: Path, config: DiffusionLMConfig, tokenizer: TextTokenizer, block_length: int | None
 ) -> dict[str, Any]:
@@ -95,7 +116,8 @@ def _settings(
         named = _NAMED_BLOCK.search(_name(folder))
         block_length = values.get("block_size") if named is None else int(named[1])
         if block_length is not None and (type(block_length) is not int or block_length < 1):
-            raise ValueError(f"{path}: block_size must be a positive int, got {block_length!r}")
+            source = f"{path}: block_size" if named is None else f"{folder}: -b<number> in the name"
+            raise ValueError(f"{source} must be a positive int, got {block_length!r}")
     return {"block_length": block_length, "stop_ids": stops, "pad_id": padding[0]}
 
 

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ from jaxgen.layers import AttentionName
 from jaxgen.models.diffusion_lm import DiffusionLM
 from jaxgen.pipelines import text_folder
 from jaxgen.pipelines.arguments import seeds_and_indices
-from jaxgen.pipelines.chat import CHATML, LLADA, ChatFormat, Message
+from jaxgen.pipelines.chat import CHATML, LLADA, ChatFormat, Message, check_chat_format
 from jaxgen.pipelines.text_arguments import as_conversations, as_rows, as_texts
 from jaxgen.pipelines.texts import Texts, text_of
 from jaxgen.sampling import (
@@ -27,10 +27,10 @@ from jaxgen.sampling import (
     decode,
     decode_steps,
 )
-from jaxgen.sampling.block_arguments import check_vocabulary
+from jaxgen.sampling.block_arguments import check_vocabulary, checked_decoder
 from jaxgen.tokenizers import TextTokenizer
 
-type Prompts = str | Sequence[str] | Sequence[Message] | Sequence[Sequence[Message]]
+type Prompts = str | Sequence[str] | Sequence[Message] | Sequence[Sequence[Message]] | np.ndarray
 
 _SDAR_BLOCK, _SDAR_THRESHOLD = 64, 0.85
 
@@ -56,6 +56,7 @@ class TextToText:
         chat_format: How conversations are written; if None, that whose tokens the tokenizer has.
 
     Raises:
+        TypeError: A part of the wrong type.
         ValueError: Parts that do not fit together.
     """
 
@@ -72,13 +73,15 @@ class TextToText:
         pad_id: int | None = None,
         chat_format: ChatFormat | None = None,
     ):
+        _check_parts(model, tokenizer, reference)
         text_folder.check_tokenizer(model.config, tokenizer)
         if reference is not None:
             check_vocabulary(model.config, reference.config)
         if chat_format is None:
             formats = (CHATML, LLADA) if model.config.qk_norm else (LLADA, CHATML)
-            known = (one for one in formats if all(token in tokenizer for token in one.tokens))
-            chat_format = next(known, None)
+            chat_format = next((one for one in formats if not one.missing(tokenizer)), None)
+        else:
+            check_chat_format(chat_format, tokenizer)
         if stop_ids is None:
             stop_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
         end = () if chat_format is None else (tokenizer.token_id(chat_format.end),)
@@ -89,10 +92,10 @@ class TextToText:
         self.block_length = block_length
         self.residual = _as_residual(residual, reference is not None)
         self.cfg_scale = cfg_scale
-        self.stop_ids = tuple(dict.fromkeys([*stop_ids, *end]))
+        self.stop_ids = tuple(dict.fromkeys([*_as_stops(stop_ids), *end]))
         self.pad_id = next(number for number in choices if number is not None)
         self.chat_format = chat_format
-        self.default_decoder(1)  # checks what is given
+        checked_decoder(self.default_decoder(1), model.config)
 
     @classmethod
     def from_pretrained(
@@ -135,8 +138,10 @@ class TextToText:
 
         Raises:
             FileNotFoundError: No such folder, or files are missing from it.
+            TypeError: An argument of the wrong type.
             ValueError: Another kind of model, a damaged file, weights that do not fit, or parts
-                that do not fit together.
+                that do not fit together, for example another mask in the tokenizer unless
+                `mask_id` is given.
             ImportError: The package `tokenizers` is not installed.
         """
         residual = _as_residual(residual, reference is not None)  # before weights are read
@@ -144,6 +149,7 @@ class TextToText:
             folder,
             reference=reference,
             block_length=block_length,
+            chat_format=chat_format,
             mask_id=mask_id,
             dtype=dtype,
             attention=attention,
@@ -188,8 +194,8 @@ class TextToText:
         """Answer each prompt.
 
         Args:
-            prompts: Strings, or conversations as lists of `{"role": ..., "content": ...}`; one
-                alone counts as a list of one.
+            prompts: Strings, also as an array, or conversations as lists of
+                `{"role": ..., "content": ...}`; one alone counts as a list of one.
             new_tokens: Of the longest answer. Models that think aloud need thousands.
             decoder: How to decode; `default_decoder(new_tokens)` if None. Its `stop_ids` and
                 `pad_id` count as they are.
@@ -260,7 +266,9 @@ class TextToText:
                 "the tokenizer does not have the tokens of a chat format that is known; give "
                 "chat_format, or chat=False to go on with plain strings"
             )
-        conversations = as_conversations(prompts)
+        conversations = as_conversations(
+            prompts.tolist() if isinstance(prompts, np.ndarray) else prompts
+        )
         rows, lengths = as_rows(
             as_texts(conversations, self.chat_format if chat else None),
             self.tokenizer,
@@ -329,12 +337,42 @@ class _Call(NamedTuple):
     new_tokens: int
 
 
+def _check_parts(model: Any, tokenizer: Any, reference: Any) -> None:
+    """Refuses parts of the wrong type.
+
+    Raises:
+        TypeError: one of these.
+    """
+    kinds = {"model": DiffusionLM, "tokenizer": TextTokenizer, "reference": DiffusionLM | None}
+    parts = {"model": model, "tokenizer": tokenizer, "reference": reference}
+    for name, kind in kinds.items():
+        if not isinstance(parts[name], kind):
+            wanted = getattr(kind, "__name__", "DiffusionLM or None")
+            raise TypeError(f"{name} must be a {wanted}, got {type(parts[name]).__name__}")
+
+
+def _as_stops(stop_ids: Any) -> list[int]:
+    """Tokens that end an answer, as a list.
+
+    Raises:
+        TypeError: no ints.
+    """
+    given = stop_ids.tolist() if isinstance(stop_ids, jax.Array | np.ndarray) else stop_ids
+    numbers: list[Any] = list(given) if isinstance(given, Iterable) else [None]
+    if not all(isinstance(number, int | np.integer) for number in numbers):
+        raise TypeError(f"stop_ids must be a sequence of ints, got {stop_ids!r}")
+    return numbers
+
+
 def _as_residual(residual: ResidualContext | None, has_reference: bool) -> ResidualContext | None:
     """What the default decoder feeds back, which uses a reference if there is one.
 
     Raises:
+        TypeError: something else.
         ValueError: it does not use the reference, or needs one.
     """
+    if not isinstance(residual, ResidualContext | None):
+        raise TypeError(f"residual must be a ResidualContext or None, got {residual!r}")
     if residual is None and has_reference:
         return ResidualContext(init="reference")
     if _starts_with_reference(residual) != has_reference:

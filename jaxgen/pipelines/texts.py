@@ -2,7 +2,7 @@
 
 import dataclasses
 import html
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Int32
@@ -12,7 +12,7 @@ from jaxgen.tokenizers import TextTokenizer
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Texts:
-    """Answers, finished or on the way.
+    """Answers, finished or on the way; a sequence of their texts.
 
     Attributes:
         texts: one for each prompt, without special tokens; on the way with a placeholder for every
@@ -31,6 +31,15 @@ class Texts:
     steps: Int32[np.ndarray, " batch"]
     passes: int
     seconds: float
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, row: int) -> str:
+        return self.texts[row]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.texts)
 
     def __repr__(self) -> str:
         lines = [f"[{self._facts(row)}]\n{text}" for row, text in enumerate(self.texts)]

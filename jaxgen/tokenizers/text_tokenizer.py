@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
+import jax
 import numpy as np
 
 from jaxgen.tokenizers.added_tokens import add_tokens, read_added_tokens
@@ -22,11 +23,13 @@ class TextTokenizer:
         backend: the `tokenizers.Tokenizer`.
         eos_id: the id that ends a text, None if the folder names none.
         pad_id: the id of padding, None if the folder names none.
+        mask_id: the id of a token that is not known yet, None if the folder names none.
     """
 
     backend: Any = dataclasses.field(repr=False)
     eos_id: int | None = None
     pad_id: int | None = None
+    mask_id: int | None = dataclasses.field(default=None, repr=False)
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike) -> Self:
@@ -51,11 +54,11 @@ class TextTokenizer:
         added = read_added_tokens(folder)
         backend = load_json(whole) if whole.is_file() else load_pairs(folder)
         add_tokens(backend, added)
-        eos, pad = (
+        eos, pad, mask = (
             None if role not in added.roles else backend.token_to_id(added.roles[role])
-            for role in ("eos", "pad")
+            for role in ("eos", "pad", "mask")
         )
-        return cls(backend, eos, pad)
+        return cls(backend, eos, pad, mask)
 
     @functools.cached_property
     def size(self) -> int:
@@ -75,6 +78,10 @@ class TextTokenizer:
         if number is None:
             raise ValueError(f"the tokenizer has no token {token!r}")
         return number
+
+    def finds(self, token: str) -> bool:
+        """Returns whether `encode` makes one id of a token; some of the vocabulary it splits."""
+        return token in self and self.encode(token) == [self.token_id(token)]
 
     def encode(self, text: str) -> list[int]:
         """Encodes a text. Nothing is added; special tokens that it spells out become their ids.
@@ -99,19 +106,19 @@ class TextTokenizer:
         with refusing("the tokenizer", "cannot encode the text"):
             return self.backend.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+    def decode(self, ids: Iterable[int] | jax.Array, *, skip_special: bool = True) -> str:
         """Decodes ids. Bytes that are no UTF-8 become U+FFFD.
 
         Args:
-            ids: any ids. Those that no token has, of which released models have a few, are passed
-                over.
+            ids: any ids of one text, also as an array. Those that no token has, of which released
+                models have a few, are passed over.
             skip_special: leave special tokens out.
 
         Raises:
             TypeError: ids that are no ints.
             ValueError: ids out of the range of uint32.
         """
-        numbers = list(ids)
+        numbers = list(np.asarray(ids) if isinstance(ids, jax.Array) else ids)
         for number in numbers:
             if isinstance(number, bool) or not isinstance(number, int | np.integer):
                 raise TypeError(f"ids must be ints, got {number!r}")

@@ -1,5 +1,6 @@
 """Fine-tuning on text: rows from a file, and a released model's folder through the whole run."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -7,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flax import nnx
+from tokenizers import Tokenizer, models
 
 from jaxgen.checkpoints import save_diffusion_lm_folder
 from jaxgen.models import DiffusionLM, DiffusionLMConfig
 from jaxgen.pipelines import TextToText
-from jaxgen.pipelines.chat import CHATML
+from jaxgen.pipelines.chat import CHATML, ChatFormat
 from jaxgen.tokenizers import TextTokenizer
 from train.decoding_sweep import Sweep, carry_out
 from train.diffusion_lm import train
@@ -69,18 +71,61 @@ def test_long_texts_are_dropped_and_counted(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "data.jsonl, line 2 is no JSON"),
-        ("[1]", "data.jsonl, line 2 must be an object with the strings prompt and answer"),
-        ('{"prompt": "a"}', "line 2 must be an object with the strings prompt and answer"),
-        ('{"prompt": "a", "answer": 3}', "line 2 must be an object"),
-        ("[" * 100_000, "line 2 is no JSON"),
+        ("{", "not valid JSON"),
+        ("[1]", "expected a JSON object, got list"),
+        ('{"prompt": "a"}', "must be an object with the strings prompt and answer"),
+        ('{"prompt": "a", "answer": 3}', "must be an object"),
+        ("[" * 100_000, "not valid JSON"),
+        ('{"prompt": "caf\u00e9", "answer": "b"}', "not valid JSON: 'utf-8' codec"),
+        ('{"prompt": "a", "answer": "\\ud83d"}', "text must be Unicode, got half of a surrogate"),
+        ('{"prompt": "\\ud83d", "answer": "b"}', "text must be Unicode, got half of a surrogate"),
+        (f'{{"prompt": "a", "answer": {"1" * 5000}}}', "not valid JSON: Exceeds the limit"),
+        ('{"prompt": "a", "answer": "b", "answer": "c"}', "key 'answer' occurs twice"),
+        ('{"prompt": "a", "answer": "<|MASK|>"}', "must not spell out the mask token, 461"),
+        ('{"prompt": "<|MASK|>", "answer": "b"}', "must not spell out the mask token, 461"),
+        ('{"prompt": "a", "answer": "b<|im_end|>c"}', "a token that ends its answer"),
+        ('{"prompt": "a", "answer": "b<|im_end|>"}', "a token that ends its answer"),
     ],
 )
 def test_refuses_lines_by_their_number(tmp_path, tokenizer, line, message):
     path = write(tmp_path / "data.jsonl", TEXTS[:1])
-    path.write_text(path.read_text().splitlines()[0] + f"\n{line}\n")
-    with pytest.raises(ValueError, match=message):
+    path.write_text(path.read_text().splitlines()[0] + f"\n{line}\n", encoding="latin-1")
+    with pytest.raises(ValueError, match=rf"data\.jsonl, line 2.* {message}"):
         read(path, tokenizer)
+
+
+def test_special_tokens_that_an_answer_must_not_have(tmp_path, tokenizer):
+    refused = lambda text: pytest.raises(ValueError, match=f"line 1 must not spell out {text}")
+    think, end = tokenizer.token_id("<think>"), "<|im_end|>"
+    path = write(tmp_path / "data.jsonl", [(f"a{end}", "<think>b")])
+    assert len(read(path, tokenizer)[0]) == 1
+    with refused(f"the mask token, {think}"):
+        read(path, tokenizer, mask_id=think)
+    for special in (tokenizer.pad_id, tokenizer.token_id(end)):
+        with pytest.raises(ValueError, match=f"must not be the mask token, {special}"):
+            read(path, tokenizer, mask_id=special)
+    # What ends any text ends an answer, whatever the format.
+    other = dataclasses.replace(tokenizer, eos_id=think)
+    for chat in (CHATML, None):
+        with refused("a token that ends its answer"):
+            read(path, other, chat=chat)
+
+
+def test_a_chat_format_needs_its_tokens(tmp_path, tokenizer):
+    path = write(tmp_path / "data.jsonl")
+    odd = ChatFormat("<|user|>", "\n", "<|im_end|>")
+    with pytest.raises(ValueError, match=r"of the chat format, it does not of '<\|user\|>'"):
+        read(path, tokenizer, chat=odd)
+    split = TextTokenizer(Tokenizer(models.BPE({"<|im_start|>": 0, "<|im_end|>": 1}, [])))
+    with pytest.raises(ValueError, match=r"does not of '<\|im_start\|>', '<\|im_end\|>'"):
+        read(path, split)
+
+
+def test_lines_may_begin_with_a_mark_and_end_with_a_return(tmp_path, tokenizer):
+    path = write(tmp_path / "data.jsonl")
+    expected, _ = read(path, tokenizer)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    np.testing.assert_array_equal(read(path, tokenizer)[0].tokens, expected.tokens)
 
 
 def test_refuses_a_file_without_short_texts_and_one_that_is_not_there(tmp_path, tokenizer):
@@ -99,12 +144,14 @@ def test_a_released_folder_is_fine_tuned_to_rcd_and_answers(tmp_path, tokenizer)
         head_dim=8,
         ffn_dim=16,
         vocabulary_size=tokenizer.size + 3,
-        mask_id=tokenizer.size,
+        mask_id=tokenizer.mask_id,
         qk_norm=True,
     )
     released = tmp_path / "released-b8"
     shutil.copytree(FOLDER, released)
     save_diffusion_lm_folder(released, DiffusionLM(shape, rngs=nnx.Rngs(0)))
+    values = json.loads((released / "config.json").read_text()) | {"eos_token_id": [3, 5]}
+    (released / "config.json").write_text(json.dumps(values))
     config = Config(
         output=tmp_path / "run",
         task="text",
@@ -126,7 +173,12 @@ def test_a_released_folder_is_fine_tuned_to_rcd_and_answers(tmp_path, tokenizer)
     assert [row["step"] for row in result.rows] == [1, 2, 3]
     validation = read_metrics(result.folder / "validation.jsonl")
     assert validation[-1]["validation"] > 0
-    model = TextToText.from_pretrained(result.folder / "export", dtype="float32", block_length=8)
+    model = TextToText.from_pretrained(result.folder / "export", dtype="float32")
+    theirs = TextToText.from_pretrained(released, dtype="float32")
+    decoders = [one.default_decoder(8) for one in (model, theirs)]
+    assert decoders[0] == decoders[1]
+    assert decoders[0].block_length == 8
+    assert 3 in decoders[0].stop_ids
     answers = model(["2+2?"], new_tokens=8)
     assert len(answers.texts) == 1
     with pytest.raises(ValueError, match="no model that was trained on problems"):
@@ -138,13 +190,26 @@ def test_text_needs_a_file_and_a_model():
         Config(task="text")
 
 
-def test_refuses_to_hold_out_every_text(tmp_path, tokenizer):
+def test_refuses_what_does_not_fit_the_released_folder(tmp_path, tokenizer):
     from train.diffusion_lm_parts import open_rows
 
     released = tmp_path / "released"
     shutil.copytree(FOLDER, released)
-    shape = DiffusionLMConfig(1, 16, 2, 1, 8, 16, tokenizer.size + 1, tokenizer.size, qk_norm=True)
-    save_diffusion_lm_folder(released, DiffusionLM(shape, rngs=nnx.Rngs(0)))
-    config = Config(task="text", data=write(tmp_path / "data.jsonl"), start_from=released)
+
+    def config(size, qk_norm=True, mask_id=tokenizer.mask_id, **changes):
+        mask_id = min(mask_id, size - 1)
+        shape = DiffusionLMConfig(1, 16, 2, 1, 8, 16, size, mask_id, qk_norm=qk_norm)
+        save_diffusion_lm_folder(released, DiffusionLM(shape, rngs=nnx.Rngs(0)))
+        data = write(tmp_path / "data.jsonl")
+        return Config(task="text", data=data, start_from=released, **changes)
+
     with pytest.raises(ValueError, match=r"has 3 texts of at most .* not more than test_problems"):
-        open_rows(config)
+        open_rows(config(tokenizer.size + 1))
+    with pytest.raises(ValueError, match=f"the tokenizer has ids up to {tokenizer.size - 1}, the"):
+        open_rows(config(tokenizer.size - 1))
+    with pytest.raises(ValueError, match=f"{tokenizer.mask_id}, must be that of the model, 7;"):
+        open_rows(config(tokenizer.size + 1, mask_id=7))
+    with pytest.raises(ValueError, match="answers with sight='bidirectional' and is to be trained"):
+        open_rows(config(tokenizer.size + 1, qk_norm=False))
+    with pytest.raises(ValueError, match="answers with sight='block_causal' and is to be trained"):
+        open_rows(config(tokenizer.size + 1, sight="bidirectional"))

@@ -199,7 +199,8 @@ def test_a_batch_equals_its_rows_alone(pipeline):
 def test_a_string_is_a_message_of_the_user(pipeline):
     message = {"role": "user", "content": PROMPTS[0]}
     expected = pipeline(PROMPTS[0], new_tokens=20)
-    for same in ([PROMPTS[0]], (PROMPTS[0],), [message], [[message]], ([message],)):
+    strings = ([PROMPTS[0]], (PROMPTS[0],), np.array([PROMPTS[0]]), np.array(PROMPTS[0]))
+    for same in (*strings, [message], [[message]], ([message],)):
         _same(pipeline(same, new_tokens=20), expected)
     spelled = pipeline.chat_format.text([message])
     _same(pipeline(spelled, new_tokens=20, chat=False), expected)
@@ -370,6 +371,10 @@ def test_the_length_of_a_block_in_a_folder(models, tmp_path):
         assert load(tmp_path / name, block_length=16) == 16
     shutil.copytree(folder, tmp_path / "SDAR-b")
     assert load(tmp_path / "SDAR-b") == 4
+    shutil.copytree(folder, tmp_path / "sdar-b0")
+    with pytest.raises(ValueError, match="sdar-b0: -b<number> in the name must be a positive int"):
+        load(tmp_path / "sdar-b0")
+    assert load(tmp_path / "sdar-b0", block_length=16) == 16
 
 
 def test_weights_may_be_shared_by_devices(models, pipelines, tmp_path):
@@ -393,6 +398,7 @@ def test_texts_in_a_notebook(pipelines):
         5,
         1.25,
     )
+    assert (len(texts), texts[1], list(texts)) == (2, "x", list(texts.texts))
     shown = texts._repr_html_()
     assert "a &lt; b &amp;&amp; &lt;script&gt;" in shown
     assert "<script>" not in shown
@@ -411,6 +417,7 @@ USER = {"role": "user", "content": "Hi"}
     [
         ([], {}, ValueError, "prompts must hold at least one prompt, got none"),
         (3, {}, TypeError, "prompts must be a string, .* got int"),
+        (np.array([3]), {}, TypeError, "a list of messages, got int at position 0"),
         (None, {}, TypeError, "prompts must be a string, .* got NoneType"),
         ({"role": "user"}, {}, TypeError, "prompts must be a string, .* got dict"),
         (["a", 3], {}, TypeError, "a list of messages, got int at position 1"),
@@ -479,12 +486,20 @@ def test_room_for_the_longest_answer(pipelines):
 def test_without_a_chat_format(models):
     tokenizer = TextTokenizer(TOKENIZERS["sdar"].backend)
     odd = ChatFormat("<|user|>", "\n", "<|end|>")
-    with pytest.raises(ValueError, match=r"the tokenizer has no token '<\|end\|>'"):
+    with pytest.raises(ValueError, match=r"it does not of '<\|user\|>', '<\|end\|>'"):
         TextToText(models["sdar"], tokenizer, chat_format=odd)
+    named = ChatFormat("<|im_start|>", "\n", "</s>")
+    assert named.tokens == ("<|im_start|>", "</s>")
+    with pytest.raises(ValueError, match="it does not of '</s>'"):
+        TextToText(models["sdar"], tokenizer, chat_format=named)
     from tokenizers import Tokenizer
     from tokenizers import models as kinds
 
-    plain = TextTokenizer(Tokenizer(kinds.BPE({"a": 0, "b": 1}, [])))
+    # In the vocabulary, but texts are split there.
+    vocabulary = {"a": 0, "b": 1, "<|im_start|>": 2, "<|im_end|>": 3}
+    plain = TextTokenizer(Tokenizer(kinds.BPE(vocabulary, [])))
+    with pytest.raises(ValueError, match=r"it does not of '<\|im_start\|>', '<\|im_end\|>'"):
+        TextToText(models["sdar"], plain, chat_format=CHATML)
     pipeline = TextToText(models["sdar"], plain, block_length=BLOCK)
     assert (pipeline.stop_ids, pipeline.pad_id) == ((), 0)
     with pytest.raises(ValueError, match="tokens of a chat format that is known"):
@@ -505,8 +520,51 @@ def test_parts_must_fit(models):
         TextToText(model, tokenizer, residual=ResidualContext(init="reference"))
     with pytest.raises(ValueError, match="go together"):
         TextToText(model, tokenizer, reference=model, residual=ResidualContext())
-    with pytest.raises(ValueError, match="block_length must be a positive int, got 0"):
+    with pytest.raises(ValueError, match="block_length must be a positive int, got "):
         TextToText(model, tokenizer, block_length=0)
+    for options in ({"pad_id": 461}, {"stop_ids": [461]}):
+        with pytest.raises(ValueError, match="must not be the mask token, 461"):
+            TextToText(model, tokenizer, **options)
+    with pytest.raises(ValueError, match=r"stop_ids must be below 466, got \(466, 458\)"):
+        TextToText(model, tokenizer, stop_ids=[466])
+    with pytest.raises(ValueError, match="pad_id must be made of ints, got "):
+        TextToText(model, tokenizer, pad_id="x")
+
+
+def test_parts_of_the_wrong_type(models, tmp_path):
+    model, tokenizer = models["sdar"], TOKENIZERS["sdar"]
+    with pytest.raises(TypeError, match="model must be a DiffusionLM, got str"):
+        TextToText("model", tokenizer)
+    with pytest.raises(TypeError, match="tokenizer must be a TextTokenizer, got Tokenizer"):
+        TextToText(model, tokenizer.backend)
+    with pytest.raises(TypeError, match="reference must be a DiffusionLM or None, got str"):
+        TextToText(model, tokenizer, reference="model")
+    for stops in (5, "12", ["<|im_end|>"], [[5]], np.array(5), np.array([5.0])):
+        with pytest.raises(TypeError, match="stop_ids must be a sequence of ints, got "):
+            TextToText(model, tokenizer, stop_ids=stops)
+    for make in (jnp.array, np.array, tuple, set):
+        assert TextToText(model, tokenizer, stop_ids=make([5])).stop_ids == (5, 458)
+    folder = _folder(tmp_path / "model", "sdar", model)
+    (folder / "model.safetensors").unlink()  # refused before weights are read
+    load = lambda **options: TextToText.from_pretrained(folder, **options)
+    for make in (lambda **options: TextToText(model, tokenizer, **options), load):
+        with pytest.raises(TypeError, match="residual must be a ResidualContext or None, got True"):
+            make(residual=True)
+        with pytest.raises(TypeError, match="chat_format must be a ChatFormat, got 'chatml'"):
+            make(chat_format="chatml")
+        with pytest.raises(ValueError, match="one id of each token of the chat format"):
+            make(chat_format=LLADA)
+    with pytest.raises(TypeError, match="progress must be callable, True, False or None, got 'b"):
+        load(progress="bar")
+
+
+def test_the_masks_of_model_and_tokenizer_must_be_the_same(models, tmp_path):
+    load = TextToText.from_pretrained
+    folder = _folder(tmp_path, "sdar", models["sdar"], mask_token_id=463)
+    with pytest.raises(ValueError, match="tokenizer, 461, must be that of the model, 463"):
+        load(folder)
+    for mask_id in (461, 463):
+        assert load(folder, mask_id=mask_id).model.config.mask_id == mask_id
 
 
 def test_folders_are_refused(models, tmp_path):
