@@ -155,8 +155,7 @@ def save_export(folder: Path, model: LanguageModel, card: Mapping[str, Any], dty
     """Write a model in our own layout, with a card."""
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {name: array.astype(dtype) for name, array in export_flat(model).items()}
-    save_safetensors(folder / _WEIGHTS, arrays)
-    write_atomically(folder / _CONFIG, [config_to_json(model.config).encode()])
+    save_safetensors(folder / _WEIGHTS, arrays, texts={_CONFIG: config_to_json(model.config)})
     write_atomically(folder / _CARD, [(json.dumps(card, indent=2) + "\n").encode()])
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jaxgen.checkpoints.files import parse_json_object, write_atomically
+from jaxgen.checkpoints.files import parse_json_object
 from jaxgen.checkpoints.flat import export_flat, flat_shapes
 from jaxgen.checkpoints.safetensors_files import check_arrays, load_safetensors, save_safetensors
 from jaxgen.models.autoencoder import Autoencoder
@@ -194,8 +194,13 @@ def save_autoencoder_folder(
     folder, text = Path(folder), autoencoder_config_to_json(model.config)
     folder.mkdir(parents=True, exist_ok=True)
     arrays, metadata = export_autoencoder(model), {"format": "pt"}
-    save_safetensors(folder / _WEIGHTS, arrays, metadata, max_shard_bytes=max_shard_bytes)
-    write_atomically(folder / "config.json", [text.encode()])
+    save_safetensors(
+        folder / _WEIGHTS,
+        arrays,
+        metadata,
+        max_shard_bytes=max_shard_bytes,
+        texts={"config.json": text},
+    )
 
 
 def load_autoencoder_folder(

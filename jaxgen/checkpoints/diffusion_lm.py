@@ -26,7 +26,6 @@ from jaxgen.checkpoints.diffusion_lm_configs import (
     diffusion_lm_config_from_json,
     diffusion_lm_config_to_json,
 )
-from jaxgen.checkpoints.files import write_atomically
 from jaxgen.checkpoints.flat import UnreadArray, export_flat, fill, flat_shapes
 from jaxgen.checkpoints.placement import Placement, Progress
 from jaxgen.checkpoints.safetensors_files import check_arrays, load_safetensors, save_safetensors
@@ -249,8 +248,13 @@ def save_diffusion_lm_folder(
         for path, variable in paths.items()
     }
     metadata = {"format": "pt"}
-    save_safetensors(folder / _WEIGHTS, arrays, metadata, max_shard_bytes=max_shard_bytes)
-    write_atomically(folder / "config.json", [text.encode()])
+    save_safetensors(
+        folder / _WEIGHTS,
+        arrays,
+        metadata,
+        max_shard_bytes=max_shard_bytes,
+        texts={"config.json": text},
+    )
 
 
 def _key(path: str, config: DiffusionLMConfig) -> str:

@@ -115,12 +115,14 @@ def diffusion_lm_config_to_json(config: DiffusionLMConfig) -> str:
 
     Raises:
         ValueError: a model without `qk_norm` whose heads together are not as wide as its tokens,
-            for which LLaDA has no word.
+            for which LLaDA has no word; or a value that `diffusion_lm_config_from_json` refuses.
     """
     layout = "sdar" if config.qk_norm else "llada"
     values: dict[str, Any] = {"model_type": layout}
     values |= {name: allowed[0] for name, allowed in _FIXED[layout].items()}
     values |= {theirs: getattr(config, ours) for theirs, ours in _FIELDS[layout].items()}
+    for name in _FIELDS[layout]:
+        _checked(values, name, "config")
     if config.qk_norm:
         values["architectures"] = ["SDARForCausalLM"]
     else:
@@ -248,7 +250,10 @@ def _checked(values: Mapping[str, Any], name: str, source: str) -> Any:
         raise ValueError(f"{source}: {name} must be an int from 1 to {_LARGEST}, got {value!r}")
     if name in _NUMBERS:
         # An int of any size is a number of JSON, and so is infinity to Python.
-        if type(value) not in (int, float) or not 0 < value < _ENDLESS:
-            raise ValueError(f"{source}: {name} must be a positive number, got {value!r}")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 < value < _ENDLESS:
+            raise ValueError(
+                f"{source}: {name} must be a positive number below {_ENDLESS:g}, got {value!r}"
+            )
         return float(value)
     return value

@@ -15,7 +15,7 @@ from typing import Any
 
 from jax.typing import DTypeLike
 
-from jaxgen.checkpoints.files import parse_json_object, write_atomically
+from jaxgen.checkpoints.files import parse_json_object
 from jaxgen.checkpoints.mmdit import load_mmdit, stream_mmdit
 from jaxgen.checkpoints.placement import Placement, Progress
 from jaxgen.checkpoints.safetensors_files import load_safetensors, save_safetensors
@@ -122,8 +122,13 @@ def save_mmdit_folder(
     folder, text = Path(folder), mmdit_config_to_json(model.config)
     folder.mkdir(parents=True, exist_ok=True)
     arrays, metadata = stream_mmdit(model), {"format": "pt"}
-    save_safetensors(folder / _WEIGHTS, arrays, metadata, max_shard_bytes=max_shard_bytes)
-    write_atomically(folder / "config.json", [text.encode()])
+    save_safetensors(
+        folder / _WEIGHTS,
+        arrays,
+        metadata,
+        max_shard_bytes=max_shard_bytes,
+        texts={"config.json": text},
+    )
 
 
 def mmdit_config_to_json(config: MMDiTConfig) -> str:

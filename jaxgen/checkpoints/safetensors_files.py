@@ -1,4 +1,4 @@
-"""Weights in safetensors files, one or several: strict reading, atomic writing.
+"""Weights in safetensors files, one or several: strict reading, writing that mixes no two models.
 
 Files of the `safetensors` package and ours are interchangeable. The format is in
 `safetensors_format`; here are the sets of files with an index, and what a model expects.
@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -94,11 +95,15 @@ def save_safetensors(
     metadata: Mapping[str, str] | None = None,
     *,
     max_shard_bytes: int | None = None,
+    texts: Mapping[str, str] | None = None,
 ) -> None:
     """Saves arrays to one file or, above `max_shard_bytes`, to several and an index.
 
-    Each file appears complete or not at all. The files of a sharded set are replaced one after
-    the other, the index last.
+    New files never load together with older ones. All are first written beside those, which needs
+    room for both: what fails until then leaves the older ones. A single file then takes its place
+    at once. For several, or if `texts` change, the older weights go first and what makes the new
+    ones load comes last; an interruption between leaves weights that are refused as missing. Shards
+    that the older index names are removed in the end.
 
     Args:
         path: the file, for example `model.safetensors`; shards are then
@@ -106,19 +111,38 @@ def save_safetensors(
         arrays: NumPy or JAX arrays by key.
         metadata: strings to store with them.
         max_shard_bytes: most bytes of arrays in one file; a larger array gets its own file.
+        texts: by name, other files of the folder that belong to these arrays: a `config.json`.
 
     Raises:
+        OSError: the folder does not exist, cannot be written or is full.
         ValueError: an empty key, a reserved one, a dtype without a name in the format, metadata
             that are not strings, or a `max_shard_bytes` below 1.
     """
     path = Path(path)
-    metadata = dict(metadata or {})
+    metadata, texts = dict(metadata or {}), dict(texts or {})
     _check_savable(arrays, metadata, max_shard_bytes)
-    shards = _shard(arrays, max_shard_bytes)
+    older = _older_shards(_index_path(path))
+    with tempfile.TemporaryDirectory(
+        prefix=f".{path.name}.", suffix=".tmp", dir=path.parent, ignore_cleanup_errors=True
+    ) as made:
+        new = Path(made)
+        names = _write_weights(new / path.name, arrays, metadata, max_shard_bytes)
+        changed = [name for name, text in texts.items() if not _holds(path.with_name(name), text)]
+        for name in changed:
+            write_atomically(new / name, [texts[name].encode()])
+        _put_in_place(new, path, [*changed, *names])
+    for name in older.difference(names):
+        path.with_name(name).unlink(missing_ok=True)
+
+
+def _write_weights(
+    path: Path, arrays: Mapping[str, Any], metadata: dict[str, str], limit: int | None
+) -> list[str]:
+    """Writes one file, or shards and their index; returns the names, what loads the others last."""
+    shards = _shard(arrays, limit)
     if len(shards) == 1:
         write_atomically(path, serialize(arrays, metadata))
-        _index_path(path).unlink(missing_ok=True)
-        return
+        return [path.name]
     weight_map: dict[str, str] = {}
     for number, keys in enumerate(shards, start=1):
         name = f"{path.stem}-{number:05d}-of-{len(shards):05d}{path.suffix}"
@@ -128,7 +152,34 @@ def save_safetensors(
     total = sum(num_bytes(array) for array in arrays.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_atomically(_index_path(path), [(json.dumps(index, indent=2) + "\n").encode()])
-    path.unlink(missing_ok=True)  # an older single file would be loaded instead of the index
+    return [*dict.fromkeys(weight_map.values()), _index_path(path).name]
+
+
+def _put_in_place(new: Path, path: Path, names: list[str]) -> None:
+    """Moves files out of the folder `new` beside `path`, in order; the last one loads the weights.
+
+    Older weights are removed before the first one, unless a single file replaces them at once.
+    """
+    if len(names) > 1:
+        _index_path(path).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)  # after the index, which it hides from the loader
+    for name in names:
+        (new / name).replace(path.with_name(name))
+    if names[-1] == path.name:
+        _index_path(path).unlink(missing_ok=True)
+
+
+def _holds(path: Path, text: str) -> bool:
+    """Whether a file has this content."""
+    return path.is_file() and path.read_bytes() == text.encode()
+
+
+def _older_shards(index: Path) -> set[str]:
+    """Returns the files that an index names; none if it is not there or would be refused."""
+    try:
+        return set(_read_index(index).values())
+    except (OSError, ValueError):
+        return set()
 
 
 def _index_path(path: Path) -> Path:
@@ -152,8 +203,13 @@ def _load_file(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _load_shards(index: Path) -> dict[str, np.ndarray]:
-    """Loads the files that an index names, after checking their names and their keys."""
+def _read_index(index: Path) -> dict[str, str]:
+    """Returns the file of each key, one of the same folder.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is too large, no index, or names something else than such a file.
+    """
     if index.stat().st_size > MAX_HEADER_BYTES:
         raise ValueError(f"{index}: an index of more than {MAX_HEADER_BYTES} bytes is refused")
     weight_map = parse_json_object(index.read_bytes(), str(index)).get("weight_map")
@@ -164,6 +220,12 @@ def _load_shards(index: Path) -> dict[str, np.ndarray]:
             raise ValueError(
                 f"{index}: {key!r} must name a .safetensors file of the same folder, got {name!r}"
             )
+    return weight_map
+
+
+def _load_shards(index: Path) -> dict[str, np.ndarray]:
+    """Loads the files that an index names, after checking their names and their keys."""
+    weight_map = _read_index(index)
     arrays: dict[str, np.ndarray] = {}
     names = sorted(set(weight_map.values()))
     missing = [name for name in names if not os.path.isfile(index.with_name(name))]
@@ -181,8 +243,8 @@ def _load_shards(index: Path) -> dict[str, np.ndarray]:
 
 def _check_savable(arrays: Mapping[str, Any], metadata: Mapping[str, str], limit: int | None):
     """Raises ValueError for what a safetensors file cannot hold."""
-    if limit is not None and limit < 1:
-        raise ValueError(f"max_shard_bytes must be positive, got {limit}")
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+        raise ValueError(f"max_shard_bytes must be a positive int, got {limit!r}")
     for key, array in arrays.items():
         if not isinstance(key, str) or key in ("", "__metadata__"):
             raise ValueError(f"{key!r} cannot be the key of an array")

@@ -20,7 +20,6 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jaxgen.checkpoints.files import write_atomically
 from jaxgen.checkpoints.flat import export_flat, flat_shapes, load_flat
 from jaxgen.checkpoints.safetensors_files import check_arrays, load_safetensors, save_safetensors
 from jaxgen.checkpoints.text_encoder_configs import (
@@ -248,8 +247,13 @@ def _save(
     """Writes configuration and weights."""
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt"}
-    save_safetensors(folder / _WEIGHTS, arrays, metadata, max_shard_bytes=max_shard_bytes)
-    write_atomically(folder / "config.json", [config.encode()])
+    save_safetensors(
+        folder / _WEIGHTS,
+        arrays,
+        metadata,
+        max_shard_bytes=max_shard_bytes,
+        texts={"config.json": config},
+    )
 
 
 def _clip_key(path: str) -> str:

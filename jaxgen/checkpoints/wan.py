@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jaxgen.checkpoints.files import parse_json_object, write_atomically
+from jaxgen.checkpoints.files import parse_json_object
 from jaxgen.checkpoints.flat import check_settings, export_flat, flat_shapes
 from jaxgen.checkpoints.safetensors_files import (
     check_arrays,
@@ -162,8 +162,13 @@ def save_wan_folder(
     folder, text = Path(folder), wan_config_to_json(model.config)
     folder.mkdir(parents=True, exist_ok=True)
     arrays, metadata = export_wan(model), {"format": "pt"}
-    save_safetensors(folder / _WEIGHTS, arrays, metadata, max_shard_bytes=max_shard_bytes)
-    write_atomically(folder / "config.json", [text.encode()])
+    save_safetensors(
+        folder / _WEIGHTS,
+        arrays,
+        metadata,
+        max_shard_bytes=max_shard_bytes,
+        texts={"config.json": text},
+    )
 
 
 def load_wan_folder(

@@ -92,7 +92,8 @@ def exact_attention(
     """`jax.nn.dot_product_attention`, that of cuDNN where XLA's would store many scores.
 
     XLA writes an array of queries x keys for each head. On GPUs, in 16 bits and with query, key and
-    value alone or a causal mask, cuDNN needs none; small calls stay with XLA.
+    value alone or a causal mask, cuDNN needs none; small calls stay with XLA. On the CPU, where XLA
+    lacks the products of float16 that are summed in float32, float16 is computed in float32.
 
     Args:
         query: any float dtype.
@@ -105,8 +106,14 @@ def exact_attention(
     plain = bias is None and mask is None and options.keys() <= {"is_causal"}
     if plain and _many_scores(query, key):
         options |= {"implementation": "cudnn"}
+    widened = _halves_on_cpu(query, key, value)
+    if widened:
+        query, key, value = (array.astype(jnp.float32) for array in (query, key, value))
     with jax.numpy_dtype_promotion("standard"):  # it relies on it for 16 bits
-        return jax.nn.dot_product_attention(query, key, value, bias, mask, **options)
+        found = jax.nn.dot_product_attention(query, key, value, bias, mask, **options)
+    if widened:
+        return jax.tree.map(lambda array: array.astype(jnp.float16), found)
+    return found
 
 
 def _many_scores(query: Array, key: Array) -> bool:
@@ -115,6 +122,11 @@ def _many_scores(query: Array, key: Array) -> bool:
     narrow = query.dtype in (jnp.bfloat16, jnp.float16)
     fits = dim % 8 == 0 and dim <= 128
     return jax.default_backend() == "gpu" and narrow and fits and count >= _MANY_SCORES
+
+
+def _halves_on_cpu(*arrays: Array) -> bool:
+    """Whether all are float16, on the CPU: it cannot sum their products in float32."""
+    return jax.default_backend() == "cpu" and all(array.dtype == jnp.float16 for array in arrays)
 
 
 class KeyValues(NamedTuple):

@@ -3,8 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+
+_FLOATS = tuple(map(np.dtype, (jnp.bfloat16, np.float16, np.float32, np.float64)))
 
 
 def require_positive(config: Any, *names: str) -> None:
@@ -51,14 +54,18 @@ def set_float_dtypes(config: Any) -> None:
     """Makes `dtype` and `param_dtype` NumPy dtypes, so that equal configs compare equal.
 
     Raises:
-        ValueError: no floating dtype.
+        ValueError: none of bfloat16, float16, float32 and, with `jax_enable_x64`, float64.
     """
+    allowed = _FLOATS if jax.config.jax_enable_x64 else _FLOATS[:-1]
     for name in ("dtype", "param_dtype"):
         value = getattr(config, name)
         try:
-            dtype = jnp.dtype(value)
+            dtype = None if value is None else jnp.dtype(value)  # of None it makes float64
         except TypeError:
             dtype = None
-        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-            raise ValueError(f"{name} must be a float dtype such as bfloat16, got {value!r}")
+        if dtype is None or dtype not in allowed:
+            raise ValueError(
+                f"{name} must be a float dtype such as bfloat16, got {value!r}; allowed are "
+                "bfloat16, float16, float32 and, with jax_enable_x64, float64"
+            )
         set_field(config, name, dtype)

@@ -26,7 +26,6 @@ from jaxgen.checkpoints import (
     load_mmdit,
     load_safetensors,
     save_safetensors,
-    write_atomically,
 )
 from jaxgen.layers import AttentionName
 from jaxgen.models.mmdit import MMDiT, MMDiTConfig
@@ -70,8 +69,8 @@ def save(
     }
     for name, config in configs.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
-        save_safetensors(folder / name / _WEIGHTS, _cast(arrays[name], dtype))
-        write_atomically(folder / name / "config.json", [config_to_json(config).encode()])
+        texts = {"config.json": config_to_json(config)}
+        save_safetensors(folder / name / _WEIGHTS, _cast(arrays[name], dtype), texts=texts)
     tokenizer.save(folder / "tokenizer.json")
     write_json(folder / "card.json", card)
 

@@ -35,7 +35,6 @@ from jaxgen.checkpoints import (
     load_wan_folder,
     save_safetensors,
     save_wan_folder,
-    write_atomically,
 )
 from jaxgen.layers import AttentionName
 from jaxgen.models.text_encoder import TextEncoder, TextEncoderConfig
@@ -126,8 +125,8 @@ def save(folder: str | os.PathLike, parts: Parts, dtype: DTypeLike) -> None:
     encoder = parts.text_encoder
     plain = dataclasses.replace(encoder.config, dtype=jnp.float32, param_dtype=jnp.float32)
     (folder / "text_encoder").mkdir(exist_ok=True)
-    save_safetensors(folder / _ENCODER_WEIGHTS, export_flat(_narrowed(encoder, dtype)))
-    write_atomically(folder / "text_encoder/config.json", [config_to_json(plain).encode()])
+    arrays, texts = export_flat(_narrowed(encoder, dtype)), {"config.json": config_to_json(plain)}
+    save_safetensors(folder / _ENCODER_WEIGHTS, arrays, texts=texts)
     parts.tokenizer.save(folder / _TOKENIZER)
     write_json(folder / _CARD, parts.card)
 

@@ -171,6 +171,15 @@ def test_heads_that_llada_has_no_word_for_are_not_saved(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("change", [{"max_tokens": 2**20 + 1}, {"rope_theta": 1e30}])
+def test_models_that_would_not_load_are_not_saved(change, tmp_path):
+    config = dataclasses.replace(config_of("sdar"), **change)
+    model = nnx.eval_shape(lambda: DiffusionLM(config, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=r"^config: (max_position_embeddings|rope_theta) must be"):
+        save_diffusion_lm_folder(tmp_path / "new", model)
+    assert not (tmp_path / "new").exists()
+
+
 class _Reader:
     """An array that is made when it is used, and that says how many bytes live."""
 

@@ -222,6 +222,54 @@ def test_the_newest_save_is_the_one_that_loads(tmp_path):
     _equal(load_safetensors(path), arrays)
 
 
+def test_files_of_an_older_save_are_removed(tmp_path):
+    path, arrays = _sharded(tmp_path)
+    other = tmp_path / "other-00001-of-00003.safetensors"
+    other.write_bytes(b"")
+    for limit, number in ((20, 5), (40, 3), (None, 0), (20, 5)):
+        save_safetensors(path, arrays, max_shard_bytes=limit)
+        names = [f"model-{i:05d}-of-{number:05d}.safetensors" for i in range(1, number + 1)]
+        names += ["model.safetensors.index.json"] if number else ["model.safetensors"]
+        assert sorted(file.name for file in tmp_path.iterdir()) == [*names, other.name]
+        _equal(load_safetensors(path), arrays)
+
+
+@pytest.mark.parametrize("limit", [None, 40])
+@pytest.mark.parametrize("name", ["../other.safetensors", "notes.txt", "", 3, {}])
+def test_an_older_index_cannot_remove_other_files(tmp_path, name, limit):
+    folder = tmp_path / "new"
+    folder.mkdir()
+    others = [tmp_path / "other.safetensors", folder / "notes.txt"]
+    for other in others:
+        other.write_bytes(b"")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"x0": name}}))
+    path, arrays = folder / "model.safetensors", {f"x{i}": np.zeros(9, np.int8) for i in range(5)}
+    save_safetensors(path, arrays, max_shard_bytes=limit)
+    assert all(other.exists() for other in others)
+    _equal(load_safetensors(path), arrays)
+
+
+def test_an_older_index_may_be_damaged(tmp_path):
+    path, arrays = _sharded(tmp_path)
+    for content in (b"{", b"\xff", b"[]", b"{}"):
+        (tmp_path / "model.safetensors.index.json").write_bytes(content)
+        save_safetensors(path, arrays, max_shard_bytes=40)
+        _equal(load_safetensors(path), arrays)
+
+
+def test_texts_are_written_with_the_arrays(tmp_path):
+    save_safetensors(tmp_path / "a.safetensors", ARRAYS, texts={"config.json": "{}\n", "b": "é"})
+    assert (tmp_path / "config.json").read_text() == "{}\n"
+    assert (tmp_path / "b").read_text(encoding="utf-8") == "é"
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_the_folder_of_a_save_must_exist(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        save_safetensors(tmp_path / "nowhere/a.safetensors", ARRAYS)
+
+
 @pytest.mark.parametrize(
     "name", ["../model.safetensors", "/etc/x.safetensors", "a/b.safetensors", "x.bin", "", 3, ".."]
 )
@@ -271,7 +319,12 @@ def test_missing_shard_is_named(tmp_path):
         ({"__metadata__": np.zeros(1)}, {}, "'__metadata__' cannot be the key"),
         ({"a": np.zeros(1, np.complex128)}, {}, "a: dtype complex128 is none of F64, F32"),
         ({"a": np.zeros(1)}, {"metadata": {"k": 1}}, "metadata must map strings to strings"),
-        ({"a": np.zeros(1)}, {"max_shard_bytes": 0}, "max_shard_bytes must be positive, got 0"),
+        (
+            {"a": np.zeros(1)},
+            {"max_shard_bytes": 0},
+            "max_shard_bytes must be a positive int, got 0",
+        ),
+        ({"a": np.zeros(1)}, {"max_shard_bytes": "5GB"}, "must be a positive int, got '5GB'"),
     ],
 )
 def test_what_cannot_be_saved_is_refused_and_nothing_is_written(tmp_path, arrays, options, message):

@@ -70,6 +70,49 @@ def test_exact_attention_takes_what_that_of_jax_takes():
     )
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_float16_is_computed_in_float32_on_the_cpu(masked):
+    query, key, value = (_random(2, 6, 4, 8, seed=i).astype(jnp.float16) for i in range(3))
+    bias, mask = _random(1, 4, 6, 6, seed=3).astype(jnp.float16), jnp.tri(6, dtype=bool)[None, None]
+    options = {"bias": bias, "mask": mask} if masked else {"is_causal": True}
+
+    def run(*arrays):
+        attend = lambda *arrays: exact_attention(*arrays, **options)
+        found, pull = jax.vjp(attend, *arrays)
+        return found, *pull(found)
+
+    wide = [array.astype(jnp.float32) for array in (query, key[:, :, :2], value[:, :, :2])]
+    found = jax.jit(run)(query, key[:, :, :2], value[:, :, :2])
+    for got, wanted in zip(found, jax.jit(run)(*wide), strict=True):
+        assert got.dtype == jnp.float16
+        np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=2e-3)
+
+
+def test_only_float16_on_the_cpu_is_widened(monkeypatch):
+    called = []
+
+    def attend(query, *_, **__):
+        called.append(query.dtype)
+        return query
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
+    for dtype, backend in (("float16", "cpu"), ("bfloat16", "cpu"), ("float16", "gpu")):
+        monkeypatch.setattr(jax, "default_backend", lambda name=backend: name)
+        x = jnp.zeros((1, 2, 1, 8), dtype)
+        assert exact_attention(x, x, x).dtype == dtype
+    assert called == [jnp.float32, jnp.bfloat16, jnp.float16]
+
+
+def test_a_cache_of_float16_is_attended_to_under_jit():
+    layer = SelfAttention(8, 2, dtype=jnp.float16, param_dtype=jnp.float16, rngs=nnx.Rngs(0))
+    x = _random(2, 5, 8).astype(jnp.float16)
+    whole, keys = jax.jit(layer.cached)(x)
+    rows = jnp.broadcast_to(jnp.arange(3), (2, 3))
+    part, again = jax.jit(lambda x, cache: layer.cached(x, cache))(x[:, 3:], keys.taken(rows, 2))
+    assert part.dtype == again.key.dtype == jnp.float16
+    np.testing.assert_allclose(part, whole[:, 3:], atol=2e-3)
+
+
 def test_unknown_attention_name_is_refused_with_the_choices():
     with pytest.raises(ValueError, match="must be one of 'exact', 'int8', got 'flash'"):
         attention_function("flash")

@@ -240,6 +240,15 @@ def test_bfloat16_is_close_to_float32_and_its_logits_are_float32():
     assert model.empty_cache(1, 1)[0].value.dtype == jnp.bfloat16
 
 
+def test_float16_is_close_to_float32():
+    positions = jnp.arange(TOKENS)[None]
+    exact = _run(_model(), IDS, positions, BLOCK_CAUSAL)
+    model = _model(dtype=jnp.float16, param_dtype=jnp.float16)
+    half = _run(model, IDS, positions, BLOCK_CAUSAL)
+    assert half.dtype == jnp.float32
+    assert 0.0 < _distance(half, exact) < 0.004
+
+
 def test_int8_attention_is_close_to_exact():
     positions = jnp.arange(TOKENS)[None]
     exact = _run(_model(), IDS, positions, BLOCK_CAUSAL)
@@ -292,6 +301,24 @@ def test_wrong_inputs_are_refused(inputs):
 def test_wrong_configurations_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(TINY, **change)
+
+
+@pytest.mark.parametrize("name", ["dtype", "param_dtype"])
+@pytest.mark.parametrize(
+    "value", [None, "float64", float, np.dtype(">f4"), "float8_e4m3fn", jnp.float8_e5m2, "float4"]
+)
+def test_dtypes_that_models_do_not_compute_in_are_refused(name, value):
+    allowed = "bfloat16, float16, float32 and, with jax_enable_x64, float64$"
+    with pytest.raises(ValueError, match=f"^{name} must be a float .*; allowed are {allowed}"):
+        dataclasses.replace(TINY, **{name: value})
+
+
+def test_float64_is_allowed_where_jax_has_it():
+    with jax.enable_x64(True):
+        config = dataclasses.replace(TINY, dtype="float64", param_dtype=np.float64)
+        with pytest.raises(ValueError, match=r"^dtype must be a float dtype .*, got None"):
+            dataclasses.replace(TINY, dtype=None)
+    assert config.dtype == config.param_dtype == np.float64
 
 
 def test_equal_configurations_compare_and_hash_equal():
