@@ -77,13 +77,7 @@ class Config(Options):
     """
 
     program: ClassVar[str] = "train.diffusion_lm"
-    may_change: ClassVar[frozenset[str]] = WATCHING | {
-        "export_dtype",
-        "test_problems",
-        "test_threshold",
-        "validate_every",
-        "workers",
-    }
+    may_change: ClassVar[frozenset[str]] = WATCHING | {"test_problems"}
 
     # --- where ---
     output: Path = Path("runs/diffusion-lm")

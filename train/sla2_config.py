@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from jaxgen.layers import ALL_SPARSE
 from jaxgen.sampling import LogitNormal
-from train.options import WATCHING, Options
+from train.options import Options
 
 type AttentionKind = Literal["full", "sla1", "sla2"]
 
@@ -84,7 +84,6 @@ class Config(Options):
     """
 
     program: ClassVar[str] = "train.sla2"
-    may_change: ClassVar[frozenset[str]] = WATCHING | {"export_dtype", "samples", "workers"}
 
     # --- where ---
     pretrained: Path

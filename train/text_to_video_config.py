@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from jaxgen.models import WAN_PRESETS, WanConfig
 from jaxgen.sampling import LogitNormal
-from train.options import WATCHING, Options
+from train.options import Options
 
 MODELS: Mapping[str, WanConfig] = MappingProxyType(
     {
@@ -47,11 +47,6 @@ class Config(Options):
     """
 
     program: ClassVar[str] = "train.text_to_video"
-    may_change: ClassVar[frozenset[str]] = WATCHING | {
-        "export_dtype",
-        "validate_every",
-        "workers",
-    }
 
     # --- where ---
     output: Path = Path("runs/text-to-video")

@@ -24,7 +24,7 @@ from jax.typing import DTypeLike
 
 from jaxgen.checkpoints.files import parse_json_object
 from jaxgen.checkpoints.flat import export_flat, flat_shapes
-from jaxgen.checkpoints.safetensors_files import check_arrays, load_safetensors, save_safetensors
+from jaxgen.checkpoints.safetensors_files import check_arrays, load_safetensors, save_model_folder
 from jaxgen.models.autoencoder import Autoencoder
 from jaxgen.models.autoencoder_config import AUTOENCODER_PRESETS, AutoencoderConfig
 
@@ -192,14 +192,8 @@ def save_autoencoder_folder(
         max_shard_bytes: most bytes of arrays in one file.
     """
     folder, text = Path(folder), autoencoder_config_to_json(model.config)
-    folder.mkdir(parents=True, exist_ok=True)
-    arrays, metadata = export_autoencoder(model), {"format": "pt"}
-    save_safetensors(
-        folder / _WEIGHTS,
-        arrays,
-        metadata,
-        max_shard_bytes=max_shard_bytes,
-        texts={"config.json": text},
+    save_model_folder(
+        folder, _WEIGHTS, export_autoencoder(model), text, max_shard_bytes=max_shard_bytes
     )
 
 

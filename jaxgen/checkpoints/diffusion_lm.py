@@ -28,7 +28,7 @@ from jaxgen.checkpoints.diffusion_lm_configs import (
 )
 from jaxgen.checkpoints.flat import UnreadArray, export_flat, fill, flat_shapes
 from jaxgen.checkpoints.placement import Placement, Progress
-from jaxgen.checkpoints.safetensors_files import check_arrays, load_safetensors, save_safetensors
+from jaxgen.checkpoints.safetensors_files import check_arrays, load_safetensors, save_model_folder
 from jaxgen.layers import AttentionName
 from jaxgen.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
 
@@ -239,7 +239,6 @@ def save_diffusion_lm_folder(
         ValueError: a configuration that LLaDA has no word for; nothing is written then.
     """
     folder, text = Path(folder), diffusion_lm_config_to_json(model.config)
-    folder.mkdir(parents=True, exist_ok=True)
     variables = nnx.to_flat_state(nnx.state(model))
     paths = {".".join(map(str, position)): variable for position, variable in variables}
     turn = lambda path: lambda array: _turn(path, array)
@@ -247,14 +246,7 @@ def save_diffusion_lm_folder(
         _key(path, model.config): UnreadArray(variable, _turn(path, variable.shape), turn(path))
         for path, variable in paths.items()
     }
-    metadata = {"format": "pt"}
-    save_safetensors(
-        folder / _WEIGHTS,
-        arrays,
-        metadata,
-        max_shard_bytes=max_shard_bytes,
-        texts={"config.json": text},
-    )
+    save_model_folder(folder, _WEIGHTS, arrays, text, max_shard_bytes=max_shard_bytes)
 
 
 def _key(path: str, config: DiffusionLMConfig) -> str:

@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxgen.checkpoints.files import parse_json_object
 from jaxgen.checkpoints.mmdit import load_mmdit, stream_mmdit
 from jaxgen.checkpoints.placement import Placement, Progress
-from jaxgen.checkpoints.safetensors_files import load_safetensors, save_safetensors
+from jaxgen.checkpoints.safetensors_files import load_safetensors, save_model_folder
 from jaxgen.layers import AttentionName
 from jaxgen.models.mmdit import MMDiT, MMDiTConfig
 
@@ -120,15 +120,7 @@ def save_mmdit_folder(
         max_shard_bytes: most bytes of arrays in one file.
     """
     folder, text = Path(folder), mmdit_config_to_json(model.config)
-    folder.mkdir(parents=True, exist_ok=True)
-    arrays, metadata = stream_mmdit(model), {"format": "pt"}
-    save_safetensors(
-        folder / _WEIGHTS,
-        arrays,
-        metadata,
-        max_shard_bytes=max_shard_bytes,
-        texts={"config.json": text},
-    )
+    save_model_folder(folder, _WEIGHTS, stream_mmdit(model), text, max_shard_bytes=max_shard_bytes)
 
 
 def mmdit_config_to_json(config: MMDiTConfig) -> str:

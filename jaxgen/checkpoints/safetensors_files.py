@@ -135,6 +135,37 @@ def save_safetensors(
         path.with_name(name).unlink(missing_ok=True)
 
 
+def save_model_folder(
+    folder: Path,
+    name: str,
+    arrays: Mapping[str, Any],
+    config: str,
+    *,
+    max_shard_bytes: int | None = None,
+) -> None:
+    """Writes weights in the layout of PyTorch, and their configuration, into one folder.
+
+    Args:
+        folder: made if it does not exist.
+        name: of the weights.
+        arrays: as for `save_safetensors`.
+        config: text of `config.json`.
+        max_shard_bytes: as for `save_safetensors`.
+
+    Raises:
+        OSError: the folder cannot be written or is full.
+        ValueError: as `save_safetensors`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    save_safetensors(
+        folder / name,
+        arrays,
+        {"format": "pt"},
+        max_shard_bytes=max_shard_bytes,
+        texts={"config.json": config},
+    )
+
+
 def _write_weights(
     path: Path, arrays: Mapping[str, Any], metadata: dict[str, str], limit: int | None
 ) -> list[str]:

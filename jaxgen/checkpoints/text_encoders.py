@@ -21,7 +21,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxgen.checkpoints.flat import export_flat, flat_shapes, load_flat
-from jaxgen.checkpoints.safetensors_files import check_arrays, load_safetensors, save_safetensors
+from jaxgen.checkpoints.safetensors_files import check_arrays, load_safetensors, save_model_folder
 from jaxgen.checkpoints.text_encoder_configs import (
     clip_text_config_from_json,
     clip_text_config_to_json,
@@ -202,8 +202,8 @@ def save_clip_text_folder(
         model: the model; the dtypes of its parameters are those of the file.
         max_shard_bytes: most bytes of arrays in one file.
     """
-    text = clip_text_config_to_json(model.config)
-    _save(Path(folder), text, export_clip_text(model), max_shard_bytes)
+    arrays, text = export_clip_text(model), clip_text_config_to_json(model.config)
+    save_model_folder(Path(folder), _WEIGHTS, arrays, text, max_shard_bytes=max_shard_bytes)
 
 
 def save_t5_folder(
@@ -216,7 +216,8 @@ def save_t5_folder(
         model: the encoder; the dtypes of its parameters are those of the file.
         max_shard_bytes: most bytes of arrays in one file.
     """
-    _save(Path(folder), t5_config_to_json(model.config), export_t5(model), max_shard_bytes)
+    arrays, text = export_t5(model), t5_config_to_json(model.config)
+    save_model_folder(Path(folder), _WEIGHTS, arrays, text, max_shard_bytes=max_shard_bytes)
 
 
 def _shapes(
@@ -239,21 +240,6 @@ def _load[Module: nnx.Module](
     check_arrays(arrays, _shapes(create, key_of), source)
     ours = {path: _turn(path, np.asarray(arrays[key_of(path)])) for path in flat_shapes(create)}
     return load_flat(create, ours, source)
-
-
-def _save(
-    folder: Path, config: str, arrays: Mapping[str, np.ndarray], max_shard_bytes: int | None
-) -> None:
-    """Writes configuration and weights."""
-    folder.mkdir(parents=True, exist_ok=True)
-    metadata = {"format": "pt"}
-    save_safetensors(
-        folder / _WEIGHTS,
-        arrays,
-        metadata,
-        max_shard_bytes=max_shard_bytes,
-        texts={"config.json": config},
-    )
 
 
 def _clip_key(path: str) -> str:

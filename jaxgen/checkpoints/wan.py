@@ -27,7 +27,7 @@ from jaxgen.checkpoints.flat import check_settings, export_flat, flat_shapes
 from jaxgen.checkpoints.safetensors_files import (
     check_arrays,
     load_safetensors,
-    save_safetensors,
+    save_model_folder,
 )
 from jaxgen.checkpoints.stored_attention import is_plugged, stored_attention
 from jaxgen.layers import AttentionName
@@ -160,15 +160,7 @@ def save_wan_folder(
         ValueError: a configuration that diffusers does not know (`qk_norm=False`).
     """
     folder, text = Path(folder), wan_config_to_json(model.config)
-    folder.mkdir(parents=True, exist_ok=True)
-    arrays, metadata = export_wan(model), {"format": "pt"}
-    save_safetensors(
-        folder / _WEIGHTS,
-        arrays,
-        metadata,
-        max_shard_bytes=max_shard_bytes,
-        texts={"config.json": text},
-    )
+    save_model_folder(folder, _WEIGHTS, export_wan(model), text, max_shard_bytes=max_shard_bytes)
 
 
 def load_wan_folder(

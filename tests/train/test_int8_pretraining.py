@@ -8,6 +8,7 @@ import pytest
 from tests.train import commands
 from train.configs import int8_pretraining, pretraining_speed
 from train.configs.int8_pretraining import ARMS, EACH, Experiment, carry_out, table
+from train.run_folder import ConfigChangedError
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +57,12 @@ def test_an_experiment_goes_on_and_ends_in_a_table(text, tmp_path, monkeypatch):
     assert carry_out(watched, show_progress=False) == results
     each = dataclasses.replace(each, learning_rate=1e-5, betas=(0.8, 0.9), kind="text")
     message = (
-        r"exact-4-0 was trained with other options: betas: \[0\.9, 0\.95\] before, "
-        r"\[0\.8, 0\.9\] now; kind: None before, 'text' now; "
-        r"learning_rate: 0\.01 before, 1e-05 now; repeat"
+        r"exact-4-0 holds a run with another configuration:\n"
+        r"  betas: \[0\.9, 0\.95\] before, \[0\.8, 0\.9\] now\n"
+        r"  kind: None before, 'text' now\n"
+        r"  learning_rate: 0\.01 before, 1e-05 now\nrepeat"
     )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigChangedError, match=message):
         carry_out(dataclasses.replace(experiment, each=each), show_progress=False)
 
 

@@ -25,7 +25,7 @@ from jaxgen.checkpoints import write_atomically
 from train.language_model import train
 from train.language_model_config import Config
 from train.metrics import mean_and_deviation
-from train.run_folder import to_json
+from train.run_folder import claim
 
 ARMS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -113,7 +113,7 @@ def carry_out(experiment: Experiment, *, show_progress: bool = True) -> list[dic
     """Do the runs that are not done; return what the folder holds, of these and of others.
 
     Raises:
-        ValueError: A run was done with other options; the message lists old and new values.
+        ConfigChangedError: A run was done with other options; the message lists them.
     """
     started = time.monotonic()
     for config in [config for config in experiment.runs() if not _is_done(config)]:
@@ -143,20 +143,9 @@ def carry_out(experiment: Experiment, *, show_progress: bool = True) -> list[dic
 
 def _is_done(config: Config) -> bool:
     """Whether a run reached its last step, with these options."""
-    card = _card(config.output, config.steps)
-    if card is None:
+    if _card(config.output, config.steps) is None:
         return False
-    old, new = card["config"], to_json(config)
-    differing = [
-        f"{name}: {old.get(name)!r} before, {new.get(name)!r} now"
-        for name in sorted((old.keys() | new.keys()) - config.may_change)
-        if old.get(name) != new.get(name)
-    ]
-    if differing:
-        raise ValueError(
-            f"{config.output} was trained with other options: {'; '.join(differing)}; repeat its "
-            "options, or choose another --output"
-        )
+    claim(config, write=False)
     return True
 
 
