@@ -2,8 +2,8 @@
 
 A lower threshold settles more tokens at each step and makes more mistakes. Sweeping it shows what a
 model reaches for how many steps (figure 4 of arXiv:2601.22954), which one threshold does not. The
-steps count until the last block is full, with the ends of text that fill it; the tokens are those
-of the answer.
+steps count until the last block is full, with the ends of text that fill it, and a pass that makes
+a block's first residual (--init self or reference) counts; the tokens are those of the answer.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxgen.checkpoints import write_atomically
 from jaxgen.sampling import ResidualContext
+from jaxgen.sampling.residual_context import Init
 from train.diffusion_lm_parts import Answers, answer, load_export, make_decoder
 from train.problem_data import TASKS, make_table
 
@@ -47,8 +48,11 @@ class Sweep:
     """Problems that no training has seen."""
     temperature: float = 1.0
     """T_res of the residual: above 1 feeds more back, below 1 less."""
-    init: Literal["zero", "self", "dirichlet"] = "zero"
-    """What is fed back at the first step of a block."""
+    init: Init = "zero"
+    """What is fed back at the first step of a block; reference: what the frozen model of the
+    model's training predicts."""
+    reference: Path | None = None
+    """Where that model is now, if not where it was; for --init reference."""
     without_residual: bool = False
     """Feed nothing back."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -63,6 +67,10 @@ class Sweep:
         if not names or len(set(names)) < len(names):
             raise ValueError(f"models must be folders of runs with different names, got {names}")
         check_thresholds(self.thresholds)
+        if self.reference is not None and self.init != "reference":
+            raise ValueError(
+                f"reference={self.reference} needs init='reference', got {self.init!r}"
+            )
         for name in ("problems", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -126,9 +134,15 @@ def carry_out(sweep: Sweep, *, show_progress: bool = True) -> list[Point]:
             residual = None
             if not sweep.without_residual:
                 residual = residual_of(card, temperature=sweep.temperature, init=sweep.init)
+            reference = None
+            if residual is not None and residual.init == "reference":
+                place = sweep.reference or Path(config["reference"])
+                reference, _ = load_export(place, precision=sweep.precision)
             for threshold in sweep.thresholds:
                 decoder = make_decoder(config["sight"], config["block_length"], threshold, residual)
-                answers = answer(model, table, decoder, batch_size=sweep.batch_size)
+                answers = answer(
+                    model, table, decoder, batch_size=sweep.batch_size, reference=reference
+                )
                 levels = np.array([problem.level for problem in table.problems])
                 points.append(
                     {

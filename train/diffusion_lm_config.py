@@ -116,6 +116,9 @@ class Config(Options):
     """Feed back the whole prediction, or the likeliest token."""
     stop_vector: bool = False
     """No gradient to the embeddings through what is fed back."""
+    cold_share: float = 0.0
+    """Share of the problems that are fed back nothing, as at the first step of a block: 0 is the
+    paper's. Models of few tokens, whose residuals are large, need it to start from nothing."""
 
     # --- data ---
     task: Literal["arithmetic", "sudoku", "text"] = "arithmetic"
@@ -203,7 +206,7 @@ class Config(Options):
             choices=_CHOICES,
             smallest=_SMALLEST,
             finite=("learning_rate", "weight_decay", "gradient_clip", "test_threshold"),
-            shares=("ema_decay", "test_threshold"),
+            shares=("cold_share", "ema_decay", "test_threshold"),
         )
         if self.attention != "exact" and self.sight == "block_causal":
             raise ValueError(
@@ -235,10 +238,11 @@ class Config(Options):
             average=self.average,
             residual=residual,
             stop_vector=self.stop_vector,
+            cold_share=self.cold_share,
         )
 
 
-_FED_BACK = {"weighting": "entropy", "source": "full", "stop_vector": False}
+_FED_BACK = {"weighting": "entropy", "source": "full", "stop_vector": False, "cold_share": 0.0}
 _CHOICES = {
     "attention": ("exact", "int8"),
     "precision": ("float32", "bfloat16"),

@@ -121,7 +121,8 @@ class Answers:
         tokens: the answers, the end of the text after their ends.
         lengths: tokens of each, with the end.
         steps: steps of each: predictions after which tokens were settled, those that fill its last
-            block with ends of text among them.
+            block with ends of text among them, and with a residual whose `init` is "self" or
+            "reference" the pass before the first of each block.
     """
 
     correct: np.ndarray
@@ -195,7 +196,9 @@ def answer(
             seeds=seed + first,
             reference=reference,
         )
-        for rows, part in zip((tokens, lengths, steps), decoded, strict=False):
+        counted = decoded.steps + _passes_before(decoder, table.layout.prompt, decoded.lengths)
+        parts = (decoded.tokens, decoded.lengths, counted)
+        for rows, part in zip((tokens, lengths, steps), parts, strict=True):
             rows.append(np.asarray(part)[fresh])
     answers = np.concatenate(tokens)
     verdicts = [verdict(problem, row) for problem, row in zip(table.problems, answers, strict=True)]
@@ -206,6 +209,15 @@ def answer(
         np.concatenate(lengths),
         np.concatenate(steps),
     )
+
+
+def _passes_before(decoder: BlockDiffusion, prompt: int, lengths: jax.Array) -> jax.Array:
+    """Returns for answers of these lengths the passes that only make the first residuals."""
+    if decoder.residual is None or decoder.residual.init not in ("self", "reference"):
+        return jnp.zeros_like(lengths)
+    block = decoder.block_length
+    known = prompt % block if decoder.sight == "block_causal" else 0
+    return -(-(known + jnp.maximum(lengths, 1)) // block)
 
 
 def save_export(

@@ -91,21 +91,26 @@ def exact_attention(
 ) -> Float[Array, "*batch queries heads head_dim"]:
     """`jax.nn.dot_product_attention`, that of cuDNN where XLA's would store many scores.
 
-    XLA writes an array of queries x keys for each head. On GPUs, in 16 bits and with query, key and
-    value alone or a causal mask, cuDNN needs none; small calls stay with XLA. On the CPU, where XLA
-    lacks the products of float16 that are summed in float32, float16 is computed in float32.
+    XLA writes an array of queries x keys for each head. On GPUs, in 16 bits, cuDNN needs none, with
+    a causal mask or none, and one for all heads with a mask and even lengths; what has a bias, and
+    small calls, stay with XLA. On the CPU, where XLA lacks the products of float16 that are summed
+    in float32, float16 is computed in float32.
 
     Args:
         query: any float dtype.
         key: dtype of the query.
         value: like the key.
         bias: added to the scores.
-        mask: True where a query may see a key.
+        mask: True where a query may see a key. What a query gets that may see none is not defined.
         **options: the others of `jax.nn.dot_product_attention`.
     """
-    plain = bias is None and mask is None and options.keys() <= {"is_causal"}
+    plain = bias is None and options.keys() <= {"is_causal"} and _cudnn_takes(query, key, mask)
     if plain and _many_scores(query, key):
         options |= {"implementation": "cudnn"}
+        if mask is not None:
+            # The gradients of cuDNN are wrong in rows that see nothing: there, everything is seen.
+            mask = mask | ~mask.any(axis=-1, keepdims=True)
+            mask = jnp.broadcast_to(mask, (*mask.shape[:2], query.shape[-3], key.shape[-3]))
     widened = _halves_on_cpu(query, key, value)
     if widened:
         query, key, value = (array.astype(jnp.float32) for array in (query, key, value))
@@ -114,6 +119,18 @@ def exact_attention(
     if widened:
         return jax.tree.map(lambda array: array.astype(jnp.float16), found)
     return found
+
+
+def _cudnn_takes(query: Array, key: Array, mask: Array | None) -> bool:
+    """Whether cuDNN takes a mask: for even lengths, one that all heads share."""
+    if mask is None:
+        return True
+    queries, keys = query.shape[-3], key.shape[-3]
+    if query.ndim != 4 or mask.ndim != 4 or queries % 2 or keys % 2:
+        return False
+    batch, heads, *seen = mask.shape
+    shared = heads == 1 and batch in (1, query.shape[0])
+    return shared and seen in ([queries, keys], [1, keys])
 
 
 def _many_scores(query: Array, key: Array) -> bool:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32, PRNGKeyArray
 
 from jaxgen.layers import block_diffusion_attention
 from jaxgen.models.diffusion_lm import DiffusionLM
-from jaxgen.models.fields import require_positive
+from jaxgen.models.fields import require_number, require_positive
 from jaxgen.sampling.block_arguments import check_vocabulary
 from jaxgen.sampling.block_decoder import Sight
 from jaxgen.sampling.cross_entropy import over_chunks, weighted_cross_entropy
@@ -42,6 +42,10 @@ class MaskedDiffusion:
         residual: how a reference model's predictions are mixed in (RCD); None: they are not.
         stop_vector: no gradient to the table of embeddings through the vector of the residual.
             The paper's algorithm shows no such stop, which is the default.
+        cold_share: share of the rows that are fed back nothing, as is the first step of a block
+            decoded with `ResidualContext.init` "zero". Not in the paper, whose models learn with
+            residuals alone (0); half is common where models are conditioned on themselves
+            (arXiv:2208.04202, section 3.2).
         chunk: positions whose logits are computed at a time.
 
     Raises:
@@ -54,6 +58,7 @@ class MaskedDiffusion:
     average: Average = "token"
     residual: ResidualContext | None = None
     stop_vector: bool = False
+    cold_share: float = 0.0
     chunk: int = 2048
 
     def __post_init__(self):
@@ -62,6 +67,7 @@ class MaskedDiffusion:
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         require_positive(self, "block_length", "chunk")
+        require_number(self, "cold_share", lambda x: 0 <= x <= 1, "from 0 to 1")
         if self.residual is not None and self.residual.table != "exact":
             raise ValueError(
                 f"training reads the exact table, got residual.table={self.residual.table!r}"
@@ -127,7 +133,7 @@ def diffusion_lm_loss(
     """Returns the loss of one batch, float32.
 
     Args:
-        key: decides which tokens are masked.
+        key: decides which tokens are masked, and which rows are cold.
         model: the model that is trained.
         tokens: ids; a prompt, an answer, and the ends of text that pad it.
         maskable: True for the tokens to learn: the answer and, in LLaDA and SDAR, its padding.
@@ -166,6 +172,8 @@ def diffusion_lm_loss(
     if training.residual is not None and reference is not None:
         known = reference.hidden(ids, **options)[:, :length]
         residual = _predicted(jax.lax.stop_gradient(known), model, reference, training)
+        warm = jax.random.uniform(jax.random.fold_in(key, 1), (len(ids), 1)) >= training.cold_share
+        residual = residual._replace(weight=residual.weight * warm)
         inputs = model.embed(ids)
         mixed = mix_residual(inputs[:, :length], noised.masked, residual)
         inputs = inputs.at[:, :length].set(mixed)

@@ -143,6 +143,26 @@ def test_answers_are_checked_one_by_one_whatever_the_batch(first):
     assert answers.summary()["steps"] == pytest.approx(np.mean(answers.steps))
 
 
+@pytest.mark.parametrize("sight", ["block_causal", "bidirectional"])
+def test_passes_that_make_first_residuals_count_as_steps(first, monkeypatch, sight):
+    model, _ = load_export(first.folder / "export", precision="float32")
+    table, seen = make_table("arithmetic", (1,), 5, block_length=8), []
+
+    def watch(*args, **options):
+        seen.append(decode(*args, **options))
+        return seen[-1]
+
+    monkeypatch.setattr("train.diffusion_lm_parts.decode", watch)
+    for init in ("zero", "reference"):
+        decoder = make_decoder(sight, 8, 0.0, ResidualContext(init=init))
+        answers = answer(model, table, decoder, reference=model)
+        extra = answers.steps - np.asarray(seen[-1].steps)
+        # Everything is surer than 0: a block takes one step, and one pass before it.
+        assert (
+            extra.tolist() == (0 * answers.steps if init == "zero" else answers.steps / 2).tolist()
+        )
+
+
 def test_a_right_answer_counts(first, monkeypatch):
     model, _ = load_export(first.folder / "export", precision="float32")
     table = make_table("arithmetic", (1,), 4)
@@ -186,6 +206,7 @@ def test_a_sweep_writes_points_a_table_and_a_picture(first, fed_back, tmp_path):
         ({"models": (Path("a/rcd/export"), Path("b/rcd"))}, r"got \['rcd', 'rcd'\]"),
         ({"thresholds": (0.5, 0.5)}, r"thresholds must be different numbers from 0 to 1, got \(0"),
         ({"problems": 0}, "problems must be at least 1, got 0"),
+        ({"reference": Path("a")}, "reference=a needs init='reference', got 'zero'"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
     ],
 )
@@ -255,6 +276,8 @@ def test_main_exits_with_the_signal(monkeypatch, first):
         ({"sight": "causal"}, "sight must be one of block_causal, bidirectional, got 'causal'"),
         ({"block_length": 0}, "block_length must be a positive int, got block_length=0"),
         ({"weighting": "fixed", "stop_vector": True}, "weighting and stop_vector decide what a"),
+        ({"cold_share": 0.5}, "cold_share decide what a reference feeds back, got reference=None"),
+        ({"cold_share": 1.5}, "cold_share must be from 0 to 1, got cold_share=1.5"),
         ({"source": "top1"}, "source decide what a reference feeds back, got reference=None"),
         ({"levels": (2, 2)}, r"levels must be different ones, got \(2, 2\)"),
         ({"attention": "int8"}, 'attention="int8" needs sight="bidirectional"'),

@@ -62,6 +62,22 @@ def test_what_is_done_stays_and_a_time_limit_of_zero_does_nothing(done, tmp_path
     assert carry_out(experiment(tmp_path / "new", time_limit=0), show_progress=False) == {}
 
 
+def test_a_warm_start_is_another_sweep_of_the_same_model(done, tmp_path, monkeypatch):
+    folder = tmp_path / "copy"
+    shutil.copytree(done[0], folder)
+    monkeypatch.setattr("train.configs.rcd_experiment.claim", lambda *_, **__: None)
+    monkeypatch.setattr(
+        "train.diffusion_lm.train", lambda run, **_: pytest.fail(f"{run.output} is trained again")
+    )
+    found = carry_out(experiment(folder, methods=("rcd", "rcd-warm")), show_progress=False)
+    assert found.keys() == {"seqd-4", "rcd-4", "rcd-warm-4"}
+    cold, warm = found["rcd-4"][1], found["rcd-warm-4"][1]
+    assert cold["threshold"] == warm["threshold"] == 1.0
+    assert warm["steps"] > cold["steps"]  # the reference's passes count
+    assert (folder / "rcd-warm-4" / "points.json").exists()
+    assert not (folder / "rcd-warm-4" / "export").exists()
+
+
 def test_other_options_do_not_pass_for_what_is_done(done, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(done[0], folder)
@@ -90,6 +106,12 @@ def test_other_thresholds_and_problems_are_swept_again(done, monkeypatch):
 def test_methods_differ_in_what_their_names_say(tmp_path):
     plan = experiment(tmp_path, methods=tuple(METHODS))
     runs = {method: plan.run(method, 1) for method in METHODS}
+    warm = runs.pop("rcd-warm")
+    assert warm == runs["rcd"]
+    assert [m for m in METHODS if plan.sweep(m, 1).init == "reference"] == ["rcd-warm"]
+    assert plan.sweep("rcd-warm", 1).models == (tmp_path / "rcd-1" / "export",)
+    assert plan.sweep("rcd-warm", 1).output == tmp_path / "rcd-warm-1"
+    assert runs["rcd-cold"].training().cold_share == 0.5
     export = tmp_path / "first-1" / "export"
     assert {run.start_from for run in runs.values()} == {export}
     assert [m for m, run in runs.items() if run.reference is None] == ["seqd"]
@@ -103,7 +125,7 @@ def test_methods_differ_in_what_their_names_say(tmp_path):
         tuple((name, value) for name, value in vars(run).items() if name not in left_out)
         for run in runs.values()
     }
-    assert len(same) == 5  # rcd and seqd differ in nothing else
+    assert len(same) == 6  # rcd and seqd differ in nothing else
 
 
 def _points(*pairs):

@@ -2,7 +2,7 @@
 
 For each seed a standard model is trained first. From its export every method goes on for equally
 many steps on the same batches and masks: SeqD as before, RCD with that first model as its frozen
-reference, and RCD's ablations. All answer the same test problems at several thresholds.
+reference, and RCD's variants. All answer the same test problems at several thresholds.
 
 Command    python -m train.configs.rcd_experiment --output runs/rcd-arithmetic
            python -m train.configs.rcd_experiment --output runs/rcd-sudoku --first.task sudoku
@@ -37,13 +37,20 @@ METHODS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "seqd": {},
         "rcd": {"reference": True},
+        "rcd-warm": {"of": "rcd", "init": "reference"},
+        "rcd-cold": {"reference": True, "cold_share": 0.5},
         "rcd-fixed": {"reference": True, "weighting": "fixed"},
         "rcd-one": {"reference": True, "weighting": "one"},
         "rcd-top1": {"reference": True, "source": "top1"},
         "rcd-stop-vector": {"reference": True, "stop_vector": True},
     }
 )
-"""Options of the second training by method; `reference`: the first model is one."""
+"""Options of the second training by method; `reference`: the first model is one.
+
+"rcd" learns with residuals alone and starts blocks from nothing, as the paper's SDAR does.
+"rcd-warm" is the same model (`of`) whose blocks start from the reference's predictions, as the
+paper's LLaDA does; that pass counts as a step. "rcd-cold" learns to start from nothing, too.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +66,8 @@ class Experiment:
     learning_rate: float = 5e-4
     """Its peak learning rate."""
     methods: tuple[str, ...] = ("seqd", "rcd")
-    """Methods to train: seqd, rcd, and the ablations rcd-fixed, rcd-one, rcd-top1,
-    rcd-stop-vector."""
+    """Methods to compare: seqd, rcd, rcd-warm (from the reference's predictions), rcd-cold (learns
+    to start from nothing), and the ablations rcd-fixed, rcd-one, rcd-top1, rcd-stop-vector."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of initialization, order and masks."""
     thresholds: tuple[float, ...] = decoding_sweep.THRESHOLDS
@@ -93,6 +100,7 @@ class Experiment:
 
     def run(self, method: str, seed: int) -> Config:
         """Return the second training of a method and seed."""
+        method = METHODS[method].get("of", method)
         export = self.first_run(seed).output / "export"
         options = dict(METHODS[method])
         if options.pop("reference", False):
@@ -108,12 +116,25 @@ class Experiment:
             **options,
         )
 
+    def sweep(self, method: str, seed: int) -> Sweep:
+        """Return what is asked of a method's model when it is trained."""
+        run = self.run(method, seed)
+        return Sweep(
+            (run.output / "export",),
+            self.output / f"{method}-{seed}",
+            thresholds=self.thresholds,
+            problems=self.problems,
+            init=METHODS[method].get("init", "zero"),
+            precision=run.precision,
+            workers=run.workers,
+        )
+
 
 def carry_out(experiment: Experiment, *, show_progress: bool = True) -> dict[str, list[Point]]:
     """Do what is not done yet.
 
     Returns:
-        The points of every second run in the folder, by the name of its folder.
+        The points of every method and seed in the folder, by the name of their folder.
 
     Raises:
         ConfigChangedError: A run in the folder had other options.
@@ -126,9 +147,10 @@ def carry_out(experiment: Experiment, *, show_progress: bool = True) -> dict[str
         return max(experiment.time_limit - (time.monotonic() - started), 0.0)
 
     for seed in experiment.seeds:
-        runs = [experiment.first_run(seed)]
-        runs += [experiment.run(method, seed) for method in experiment.methods]
-        if not all(_carry_out_run(experiment, run, left, show_progress) for run in runs):
+        work: list[tuple[Config, Sweep | None]] = [(experiment.first_run(seed), None)]
+        for method in experiment.methods:
+            work.append((experiment.run(method, seed), experiment.sweep(method, seed)))
+        if not all(_carry_out_run(run, sweep, left, show_progress) for run, sweep in work):
             break
     found = {
         path.parent.name: json.loads(path.read_text())["points"]
@@ -145,41 +167,47 @@ def carry_out(experiment: Experiment, *, show_progress: bool = True) -> dict[str
 
 
 def _carry_out_run(
-    experiment: Experiment, run: Config, left: Callable[[], float | None], show_progress: bool
+    run: Config, sweep: Sweep | None, left: Callable[[], float | None], show_progress: bool
 ) -> bool:
-    """Train, and sweep what is not a first model; return whether it is finished."""
-    if (run.output / "points.json").exists():
-        claim(run, write=False)
-        if _is_swept(experiment, run):
-            return True
+    """Train and sweep what is not trained and swept yet; return whether it is finished."""
+    trained = _is_trained(run)
+    if trained and (sweep is None or _is_swept(sweep)):
+        return True
     limit = left()
     if limit == 0:
         return False
     if show_progress:
-        print(f"--- {run.output.name}", file=sys.stderr, flush=True)
-    limited = dataclasses.replace(run, time_limit=limit)
-    result = diffusion_lm.train(limited, show_progress=show_progress)
-    if result.stopped != "finished":
-        return False
-    if run.start_from is not None:
-        sweep = Sweep(
-            (run.output / "export",),
-            run.output,
-            thresholds=experiment.thresholds,
-            problems=experiment.problems,
-            precision=run.precision,
-            workers=run.workers,
-        )
+        print(f"--- {(sweep or run).output.name}", file=sys.stderr, flush=True)
+    if not trained:
+        limited = dataclasses.replace(run, time_limit=limit)
+        if diffusion_lm.train(limited, show_progress=show_progress).stopped != "finished":
+            return False
+    if sweep is not None:
         decoding_sweep.carry_out(sweep, show_progress=show_progress)
     return True
 
 
-def _is_swept(experiment: Experiment, run: Config) -> bool:
-    """Whether the points of a run are for these thresholds and problems."""
-    path = run.output / "points.json"
+def _is_trained(run: Config) -> bool:
+    """Whether a run reached its last step.
+
+    Raises:
+        ConfigChangedError: It had other options.
+    """
+    path = run.output / "export" / "card.json"
+    if not path.exists():
+        return False
+    claim(run, write=False)
+    return parse_json_object(path.read_bytes(), str(path))["steps"] == run.steps
+
+
+def _is_swept(sweep: Sweep) -> bool:
+    """Whether a sweep was carried out with these thresholds and problems."""
+    path = sweep.output / "points.json"
+    if not path.exists():
+        return False
     record = parse_json_object(path.read_bytes(), str(path))
     swept = tuple(point["threshold"] for point in record["points"])
-    return (swept, record.get("problems")) == (experiment.thresholds, experiment.problems)
+    return (swept, record.get("problems")) == (sweep.thresholds, sweep.problems)
 
 
 def table(found: Mapping[str, Sequence[Point]]) -> str:

@@ -32,7 +32,14 @@ def test_attention_names():
         ({"shape": (1, 2047, 4, 64)}, None),  # fewer than 2**24 scores
         ({"shape": (1, 2048, 4, 60)}, None),
         ({"shape": (1, 2048, 4, 256)}, None),
-        ({"mask": jnp.ones((1, 1, 1, 2048), jnp.bool_)}, None),
+        ({"mask": jnp.ones((1, 1, 1, 2048), jnp.bool_)}, "cudnn"),
+        ({"mask": jnp.ones((1, 1, 2048, 2048), jnp.bool_)}, "cudnn"),
+        ({"shape": (2, 2048, 4, 64), "mask": jnp.ones((1, 1, 1, 2048), jnp.bool_)}, "cudnn"),
+        ({"shape": (2, 2048, 4, 64), "mask": jnp.ones((2, 1, 1, 2048), jnp.bool_)}, "cudnn"),
+        ({"shape": (3, 2048, 4, 64), "mask": jnp.ones((2, 1, 1, 2048), jnp.bool_)}, None),
+        ({"mask": jnp.ones((1, 4, 2048, 2048), jnp.bool_)}, None),  # one for each head
+        ({"mask": jnp.ones((1, 1, 2048, 1), jnp.bool_)}, None),
+        ({"shape": (1, 2049, 4, 64), "mask": jnp.ones((1, 1, 1, 2049), jnp.bool_)}, None),
         ({"backend": "cpu"}, None),
         ({"keywords": {"is_causal": True}}, "cudnn"),
         ({"keywords": {"is_causal": True, "scale": 0.5}}, None),
@@ -227,3 +234,16 @@ def test_sage_attention_inside_flax_multi_head_attention(mask):
     np.testing.assert_allclose(value, exact, rtol=0.05)
     error = jnp.linalg.norm(gradient - exact_gradient) / jnp.linalg.norm(exact_gradient)
     assert 0.0 < error < 0.07
+
+
+def test_cudnn_gets_no_mask_under_which_a_query_sees_nothing(monkeypatch):
+    given = []
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *given_, **_: given.append(given_))
+    x = jnp.zeros((2, 2048, 4, 64), jnp.bfloat16)
+    few = jnp.zeros((2, 1, 1, 2048), jnp.bool_).at[0, ..., :3].set(True)
+    exact_attention(x, x, x, mask=few)
+    *_, mask = given[0]
+    assert mask.shape == (2, 1, 2048, 2048)
+    assert (mask[0].sum(axis=-1) == 3).all()
+    assert mask[1].all()  # its gradients are wrong for rows that see nothing

@@ -131,10 +131,13 @@ def test_block_causal_loss_sees_the_noisy_and_the_clean_half(models, per_block):
     np.testing.assert_allclose(loss_of(model, training)[0], expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("cold_share", [0.0, 0.2, 1.0])
 @pytest.mark.parametrize("sight", ["bidirectional", "block_causal"])
-def test_residual_loss_mixes_what_the_reference_predicts(models, sight):
+def test_residual_loss_mixes_what_the_reference_predicts(models, sight, cold_share):
     model, reference = models
-    training = MaskedDiffusion(sight=sight, block_length=4, residual=ResidualContext())
+    training = MaskedDiffusion(
+        sight=sight, block_length=4, residual=ResidualContext(), cold_share=cold_share
+    )
     noised = mask_tokens(KEY, TOKENS, MASKABLE, MASK)
     ids, options = noised.tokens, {}
     if sight == "block_causal":
@@ -144,6 +147,10 @@ def test_residual_loss_mixes_what_the_reference_predicts(models, sight):
     logits = np.asarray(reference(ids, **options)[:, :10], np.float64)
     shares = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
     weight = -(shares * np.log(shares)).sum(axis=-1) / np.log(13)
+    cold = np.asarray(jax.random.uniform(jax.random.fold_in(KEY, 1), (3, 1))) < cold_share
+    assert cold.any() == (cold_share > 0)
+    assert cold.all() == (cold_share == 1)
+    weight = np.where(cold, 0, weight)
     table = np.asarray(model.embedding.embedding[...], np.float64)
     inputs = np.array(model.embed(ids), np.float64)
     mixed = (1 - weight[..., None]) * table[MASK] + weight[..., None] * (shares @ table)
@@ -153,7 +160,8 @@ def test_residual_loss_mixes_what_the_reference_predicts(models, sight):
     expected = terms.sum() / np.asarray(MASKABLE).sum()
     loss, _ = loss_of(model, training, reference)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
-    assert abs(loss - loss_of(model, dataclasses.replace(training, residual=None))[0]) > 1e-3
+    plain, _ = loss_of(model, dataclasses.replace(training, residual=None))
+    assert (abs(loss - plain) > 1e-3) == (cold_share < 1)
 
 
 def test_the_reference_gets_no_gradient(models):
@@ -210,6 +218,7 @@ def test_refuses_what_does_not_fit_the_model(models):
     ("options", "message"),
     [
         ({"sight": "causal"}, "sight must be one of block_causal, bidirectional, got 'causal'"),
+        ({"cold_share": -0.1}, "cold_share must be from 0 to 1, got -0.1"),
         ({"average": "batch"}, "average must be one of row, token, got 'batch'"),
         ({"block_length": 0}, "block_length must be a positive int, got block_length=0"),
         ({"chunk": 1.5}, "chunk must be a positive int, got chunk=1.5"),
