@@ -173,7 +173,7 @@ def diffusion_lm_loss(
         known = reference.hidden(ids, **options)[:, :length]
         residual = _predicted(jax.lax.stop_gradient(known), model, reference, training)
         warm = jax.random.uniform(jax.random.fold_in(key, 1), (len(ids), 1)) >= training.cold_share
-        residual = residual._replace(weight=residual.weight * warm)
+        residual = residual._replace(weight=jnp.where(warm, residual.weight, 0.0))
         inputs = model.embed(ids)
         mixed = mix_residual(inputs[:, :length], noised.masked, residual)
         inputs = inputs.at[:, :length].set(mixed)
