@@ -5,13 +5,16 @@ many steps on the same batches and masks: SeqD as before, RCD with that first mo
 reference, and RCD's variants. All answer the same test problems at several thresholds.
 
 Command    python -m train.configs.rcd_experiment --output runs/rcd-arithmetic
+               --first.levels 2 3 4 --first.block-length 34 --first.steps 5000 --steps 3000
            python -m train.configs.rcd_experiment --output runs/rcd-sudoku --first.task sudoku
                --first.levels 1 2 3 --first.sight bidirectional --first.average row
-               --first.block-length 81
+               --first.block-length 81 --first.steps 5000 --steps 3000
            Both resume when repeated; --time-limit cuts them into pieces, and --methods and --seeds
            into parts that may run at once into one folder, once the first models are there.
-Hardware   not measured yet
-Outcome    not measured yet
+Hardware   four H200, two runs on each; jax 0.11.2; 8 minutes for three seeds of both tasks
+Outcome    results/rcd_experiment.json, docs/residual_context.md: RCD as published, started from
+           nothing, loses to SeqD by 34 to 50 points of arithmetic and 9 to 22 of Sudoku.
+           rcd-warm and rcd-cold were not run at length yet.
 """
 
 import dataclasses
