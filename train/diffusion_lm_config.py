@@ -119,6 +119,9 @@ class Config(Options):
     cold_share: float = 0.0
     """Share of the problems that are fed back nothing, as at the first step of a block: 0 is the
     paper's. Models of few tokens, whose residuals are large, need it to start from nothing."""
+    stale_share: float = 0.0
+    """Hide up to so large a share of the known tokens from the reference, as decoding feeds back
+    what was predicted before the last tokens were settled; 0 is the paper's."""
 
     # --- data ---
     task: Literal["arithmetic", "sudoku", "text"] = "arithmetic"
@@ -206,7 +209,7 @@ class Config(Options):
             choices=_CHOICES,
             smallest=_SMALLEST,
             finite=("learning_rate", "weight_decay", "gradient_clip", "test_threshold"),
-            shares=("cold_share", "ema_decay", "test_threshold"),
+            shares=("cold_share", "stale_share", "ema_decay", "test_threshold"),
         )
         if self.attention != "exact" and self.sight == "block_causal":
             raise ValueError(
@@ -239,10 +242,17 @@ class Config(Options):
             residual=residual,
             stop_vector=self.stop_vector,
             cold_share=self.cold_share,
+            stale_share=self.stale_share,
         )
 
 
-_FED_BACK = {"weighting": "entropy", "source": "full", "stop_vector": False, "cold_share": 0.0}
+_FED_BACK = {
+    "weighting": "entropy",
+    "source": "full",
+    "stop_vector": False,
+    "cold_share": 0.0,
+    "stale_share": 0.0,
+}
 _CHOICES = {
     "attention": ("exact", "int8"),
     "precision": ("float32", "bfloat16"),

@@ -46,6 +46,9 @@ class MaskedDiffusion:
             decoded with `ResidualContext.init` "zero". Not in the paper, whose models learn with
             residuals alone (0); half is common where models are conditioned on themselves
             (arXiv:2208.04202, section 3.2).
+        stale_share: up to this share of the known tokens of a row, drawn evenly for each row, are
+            masked for the reference. When answers are decoded, what is fed back was predicted
+            before the last tokens were settled; the paper's reference knows them (0).
         chunk: positions whose logits are computed at a time.
 
     Raises:
@@ -59,6 +62,7 @@ class MaskedDiffusion:
     residual: ResidualContext | None = None
     stop_vector: bool = False
     cold_share: float = 0.0
+    stale_share: float = 0.0
     chunk: int = 2048
 
     def __post_init__(self):
@@ -67,7 +71,8 @@ class MaskedDiffusion:
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         require_positive(self, "block_length", "chunk")
-        require_number(self, "cold_share", lambda x: 0 <= x <= 1, "from 0 to 1")
+        for name in ("cold_share", "stale_share"):
+            require_number(self, name, lambda x: 0 <= x <= 1, "from 0 to 1")
         if self.residual is not None and self.residual.table != "exact":
             raise ValueError(
                 f"training reads the exact table, got residual.table={self.residual.table!r}"
@@ -133,7 +138,7 @@ def diffusion_lm_loss(
     """Returns the loss of one batch, float32.
 
     Args:
-        key: decides which tokens are masked, and which rows are cold.
+        key: decides which tokens are masked, for the reference, too, and which rows are cold.
         model: the model that is trained.
         tokens: ids; a prompt, an answer, and the ends of text that pad it.
         maskable: True for the tokens to learn: the answer and, in LLaDA and SDAR, its padding.
@@ -170,9 +175,15 @@ def diffusion_lm_loss(
         options = {"mask": (jnp.arange(length)[None] < lengths[:, None])[:, None]}
     inputs = ids
     if training.residual is not None and reference is not None:
-        known = reference.hidden(ids, **options)[:, :length]
+        cold_key, stale_key = (jax.random.fold_in(key, number) for number in (1, 2))
+        earlier = ids
+        if training.stale_share:
+            settled = _settled_last(stale_key, maskable & ~noised.masked, training.stale_share)
+            before = jnp.where(settled, mask_id, noised.tokens)
+            earlier = ids.at[:, :length].set(before)
+        known = reference.hidden(earlier, **options)[:, :length]
         residual = _predicted(jax.lax.stop_gradient(known), model, reference, training)
-        warm = jax.random.uniform(jax.random.fold_in(key, 1), (len(ids), 1)) >= training.cold_share
+        warm = jax.random.uniform(cold_key, (len(ids), 1)) >= training.cold_share
         residual = residual._replace(weight=jnp.where(warm, residual.weight, 0.0))
         inputs = model.embed(ids)
         mixed = mix_residual(inputs[:, :length], noised.masked, residual)
@@ -186,6 +197,13 @@ def diffusion_lm_loss(
         weights /= jnp.maximum(learned.sum(), 1.0)
     table, axis = model.output_table()
     return weighted_cross_entropy(hidden, table, tokens, weights, axis=axis, chunk=training.chunk)
+
+
+def _settled_last(key: PRNGKeyArray, known: Array, largest_share: float) -> Array:
+    """Chooses the tokens of each row that a step before did not know yet."""
+    share_key, token_key = jax.random.split(key)
+    share = largest_share * jax.random.uniform(share_key, (len(known), 1))
+    return known & (jax.random.uniform(token_key, known.shape) < share)
 
 
 def _predicted(

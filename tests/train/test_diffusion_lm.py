@@ -278,6 +278,8 @@ def test_main_exits_with_the_signal(monkeypatch, first):
         ({"block_length": 0}, "block_length must be a positive int, got block_length=0"),
         ({"weighting": "fixed", "stop_vector": True}, "weighting and stop_vector decide what a"),
         ({"cold_share": 0.5}, "cold_share decide what a reference feeds back, got reference=None"),
+        ({"stale_share": 0.5}, "stale_share decide what a reference feeds back"),
+        ({"stale_share": -1.0}, "stale_share must be from 0 to 1, got stale_share=-1.0"),
         ({"cold_share": 1.5}, "cold_share must be from 0 to 1, got cold_share=1.5"),
         ({"source": "top1"}, "source decide what a reference feeds back, got reference=None"),
         ({"levels": (2, 2)}, r"levels must be different ones, got \(2, 2\)"),

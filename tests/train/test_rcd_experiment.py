@@ -112,6 +112,8 @@ def test_methods_differ_in_what_their_names_say(tmp_path):
     assert plan.sweep("rcd-warm", 1).models == (tmp_path / "rcd-1" / "export",)
     assert plan.sweep("rcd-warm", 1).output == tmp_path / "rcd-warm-1"
     assert runs["rcd-cold"].training().cold_share == 0.5
+    assert runs["rcd-stale"].training().cold_share == 0.5
+    assert runs["rcd-stale"].training().stale_share == 1.0
     export = tmp_path / "first-1" / "export"
     assert {run.start_from for run in runs.values()} == {export}
     assert [m for m, run in runs.items() if run.reference is None] == ["seqd"]
@@ -125,7 +127,7 @@ def test_methods_differ_in_what_their_names_say(tmp_path):
         tuple((name, value) for name, value in vars(run).items() if name not in left_out)
         for run in runs.values()
     }
-    assert len(same) == 6  # rcd and seqd differ in nothing else
+    assert len(same) == 7  # rcd and seqd differ in nothing else
 
 
 def _points(*pairs):

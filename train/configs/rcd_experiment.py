@@ -11,10 +11,10 @@ Command    python -m train.configs.rcd_experiment --output runs/rcd-arithmetic
                --first.block-length 81 --first.steps 5000 --steps 3000
            Both resume when repeated; --time-limit cuts them into pieces, and --methods and --seeds
            into parts that may run at once into one folder, once the first models are there.
-Hardware   four H200, two runs on each; jax 0.11.2; 8 minutes for three seeds of both tasks
+Hardware   three H200, two runs on each; jax 0.11.2; 8 minutes for three seeds of both tasks
 Outcome    results/rcd_experiment.json, docs/residual_context.md: RCD as published, started from
            nothing, loses to SeqD by 34 to 50 points of arithmetic and 9 to 22 of Sudoku.
-           rcd-warm and rcd-cold were not run at length yet.
+           rcd-warm, rcd-cold and rcd-stale were not run at length yet.
 """
 
 import dataclasses
@@ -42,6 +42,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "rcd": {"reference": True},
         "rcd-warm": {"of": "rcd", "init": "reference"},
         "rcd-cold": {"reference": True, "cold_share": 0.5},
+        "rcd-stale": {"reference": True, "cold_share": 0.5, "stale_share": 1.0},
         "rcd-fixed": {"reference": True, "weighting": "fixed"},
         "rcd-one": {"reference": True, "weighting": "one"},
         "rcd-top1": {"reference": True, "source": "top1"},
@@ -52,7 +53,8 @@ METHODS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 "rcd" learns with residuals alone and starts blocks from nothing, as the paper's SDAR does.
 "rcd-warm" is the same model (`of`) whose blocks start from the reference's predictions, as the
-paper's LLaDA does; that pass counts as a step. "rcd-cold" learns to start from nothing, too.
+paper's LLaDA does; that pass counts as a step. "rcd-cold" learns to start from nothing, too, and
+"rcd-stale" furthermore to be fed back what was predicted before the last tokens were known.
 """
 
 
@@ -70,7 +72,8 @@ class Experiment:
     """Its peak learning rate."""
     methods: tuple[str, ...] = ("seqd", "rcd")
     """Methods to compare: seqd, rcd, rcd-warm (from the reference's predictions), rcd-cold (learns
-    to start from nothing), and the ablations rcd-fixed, rcd-one, rcd-top1, rcd-stop-vector."""
+    to start from nothing), rcd-stale (and from older predictions), and the ablations rcd-fixed,
+    rcd-one, rcd-top1, rcd-stop-vector."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of initialization, order and masks."""
     thresholds: tuple[float, ...] = decoding_sweep.THRESHOLDS

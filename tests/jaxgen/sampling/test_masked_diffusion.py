@@ -164,6 +164,38 @@ def test_residual_loss_mixes_what_the_reference_predicts(models, sight, cold_sha
     assert (abs(loss - plain) > 1e-3) == (cold_share < 1)
 
 
+@pytest.mark.parametrize("sight", ["bidirectional", "block_causal"])
+def test_the_reference_does_not_know_what_was_settled_last(models, sight, monkeypatch):
+    model, reference = models
+    training = MaskedDiffusion(sight=sight, block_length=4, residual=ResidualContext())
+    stale = dataclasses.replace(training, stale_share=0.8)
+    seen, hidden = {}, DiffusionLM.hidden
+
+    def watch(self, inputs, *args, **options):
+        seen[inputs.ndim] = np.asarray(inputs)  # ids of the reference, embeddings of the model
+        return hidden(self, inputs, *args, **options)
+
+    monkeypatch.setattr(DiffusionLM, "hidden", watch)
+    earlier, unmasked = [], []
+    for seed in range(40):
+        key = jax.random.key(seed)
+        noised = mask_tokens(key, TOKENS, MASKABLE, MASK)
+        diffusion_lm_loss(key, model, TOKENS, MASKABLE, stale, reference=reference)
+        ids = seen[2]
+        if sight == "block_causal":
+            np.testing.assert_array_equal(ids[:, 10:], TOKENS)
+        ids, known = ids[:, :10], np.asarray(MASKABLE & ~noised.masked)
+        np.testing.assert_array_equal(ids[~known], np.asarray(noised.tokens)[~known])
+        assert ((ids == TOKENS) | (ids == MASK))[known].all()
+        # The model itself sees every token that is known.
+        table = np.asarray(model.embedding.embedding[...])
+        plain = ~np.asarray(noised.masked)
+        np.testing.assert_array_equal(seen[3][:, :10][plain], table[np.asarray(TOKENS)[plain]])
+        unmasked.append(known.sum())
+        earlier.append((ids == MASK)[known].sum())
+    assert sum(earlier) / sum(unmasked) == pytest.approx(0.4, abs=0.1)  # half of 0.8
+
+
 def test_the_reference_gets_no_gradient(models):
     model, reference = models
     training = MaskedDiffusion(sight="bidirectional", residual=ResidualContext())
@@ -218,6 +250,7 @@ def test_refuses_what_does_not_fit_the_model(models):
     ("options", "message"),
     [
         ({"sight": "causal"}, "sight must be one of block_causal, bidirectional, got 'causal'"),
+        ({"stale_share": 2.0}, "stale_share must be from 0 to 1, got 2.0"),
         ({"cold_share": -0.1}, "cold_share must be from 0 to 1, got -0.1"),
         ({"average": "batch"}, "average must be one of row, token, got 'batch'"),
         ({"block_length": 0}, "block_length must be a positive int, got block_length=0"),
