@@ -108,9 +108,7 @@ def exact_attention(
     if plain and _many_scores(query, key):
         options |= {"implementation": "cudnn"}
         if mask is not None:
-            # The gradients of cuDNN are wrong in rows that see nothing: there, everything is seen.
-            mask = mask | ~mask.any(axis=-1, keepdims=True)
-            mask = jnp.broadcast_to(mask, (*mask.shape[:2], query.shape[-3], key.shape[-3]))
+            mask = _without_blind_rows(mask, query.shape[-3], options.get("is_causal", False))
     widened = _halves_on_cpu(query, key, value)
     if widened:
         query, key, value = (array.astype(jnp.float32) for array in (query, key, value))
@@ -131,6 +129,15 @@ def _cudnn_takes(query: Array, key: Array, mask: Array | None) -> bool:
     batch, heads, *seen = mask.shape
     shared = heads == 1 and batch in (1, query.shape[0])
     return shared and seen in ([queries, keys], [1, keys])
+
+
+def _without_blind_rows(mask: Array, queries: int, is_causal: bool) -> Array:
+    """A row for each query; what sees nothing, where cuDNN's gradients are wrong, sees all."""
+    *outside, _, keys = mask.shape
+    mask = jnp.broadcast_to(mask, (*outside, queries, keys))
+    causal = jnp.tri(queries, keys, dtype=jnp.bool_)[None, None]
+    seen = mask & causal if is_causal else mask
+    return mask | ~seen.any(axis=-1, keepdims=True)
 
 
 def _many_scores(query: Array, key: Array) -> bool:

@@ -44,8 +44,7 @@ class MaskedDiffusion:
             The paper's algorithm shows no such stop, which is the default.
         cold_share: share of the rows that are fed back nothing, as is the first step of a block
             decoded with `ResidualContext.init` "zero". Not in the paper, whose models learn with
-            residuals alone (0); half is common where models are conditioned on themselves
-            (arXiv:2208.04202, section 3.2).
+            residuals alone (0); half is what self-conditioning takes (arXiv:2208.04202).
         stale_share: up to this share of the known tokens of a row, drawn evenly for each row, are
             masked for the reference. When answers are decoded, what is fed back was predicted
             before the last tokens were settled; the paper's reference knows them (0).
@@ -176,11 +175,8 @@ def diffusion_lm_loss(
     inputs = ids
     if training.residual is not None and reference is not None:
         cold_key, stale_key = (jax.random.fold_in(key, number) for number in (1, 2))
-        earlier = ids
-        if training.stale_share:
-            settled = _settled_last(stale_key, maskable & ~noised.masked, training.stale_share)
-            before = jnp.where(settled, mask_id, noised.tokens)
-            earlier = ids.at[:, :length].set(before)
+        settled = _settled_last(stale_key, maskable & ~noised.masked, training.stale_share)
+        earlier = ids.at[:, :length].set(jnp.where(settled, mask_id, noised.tokens))
         known = reference.hidden(earlier, **options)[:, :length]
         residual = _predicted(jax.lax.stop_gradient(known), model, reference, training)
         warm = jax.random.uniform(cold_key, (len(ids), 1)) >= training.cold_share

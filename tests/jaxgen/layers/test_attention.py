@@ -247,3 +247,9 @@ def test_cudnn_gets_no_mask_under_which_a_query_sees_nothing(monkeypatch):
     assert mask.shape == (2, 1, 2048, 2048)
     assert (mask[0].sum(axis=-1) == 3).all()
     assert mask[1].all()  # its gradients are wrong for rows that see nothing
+    # Of a causal mask, the first queries see none of the keys that this one shows.
+    late = jnp.zeros((1, 1, 1, 2048), jnp.bool_).at[..., 5:].set(True)
+    exact_attention(x, x, x, mask=late, is_causal=True)
+    *_, mask = given[1]
+    assert mask[0, 0, :5].all()
+    assert (mask[0, 0, 5:] == late[0, 0]).all()
