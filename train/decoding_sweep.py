@@ -30,7 +30,7 @@ THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 1.0)
 class Sweep:
     """Answer problems with one or more models at several thresholds.
 
-    Writes `points.json`, `curve.png` and `table.md` to --output. A model trained with a reference
+    Writes `points.json`, `curve.png` and `table.md` to --output. A model trained with residuals
     (RCD) is fed back its discarded predictions; --without-residual shows it without.
     """
 
@@ -97,7 +97,7 @@ def residual_of(card: Mapping[str, Any], **options: Any) -> ResidualContext | No
         **options: of `ResidualContext` that training does not decide, such as `temperature`.
     """
     config = card["config"]
-    if config["reference"] is None:
+    if config["reference"] is None and not config.get("own_residual", False):
         return None
     return ResidualContext(weighting=config["weighting"], source=config["source"], **options)
 

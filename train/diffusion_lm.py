@@ -95,7 +95,7 @@ def train(
             block_length=config.row_block,
         )
         rows, held_out = made.rows(), None
-    kind = "standard" if config.reference is None else "RCD"
+    kind = "RCD" if config.feeds_back else "standard"
     plan = Plan(
         title=f"{config.task}, {config.sight}, {kind}",
         skeleton=skeleton,

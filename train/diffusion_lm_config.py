@@ -108,6 +108,9 @@ class Config(Options):
     """Average of the loss: within rows first (LLaDA), or over all tokens (SDAR, BD3-LM)."""
     reference: Path | None = None
     """Export of the frozen model whose predictions are fed back (RCD); None: a standard model."""
+    own_residual: bool = False
+    """Feed back what the model itself predicts without a residual, instead of a reference
+    (self-conditioning)."""
     weighting: Literal[
         "entropy", "confidence", "fixed", "one", "one_minus_entropy", "one_minus_confidence"
     ] = "entropy"
@@ -120,7 +123,7 @@ class Config(Options):
     """Share of the problems that are fed back nothing, as at the first step of a block: 0 is the
     paper's. Models of few tokens, whose residuals are large, need it to start from nothing."""
     stale_share: float = 0.0
-    """Hide up to so large a share of the known tokens from the reference, as decoding feeds back
+    """Hide up to so large a share of the known tokens from that prediction, as decoding feeds back
     what was predicted before the last tokens were settled; 0 is the paper's."""
 
     # --- data ---
@@ -216,13 +219,23 @@ class Config(Options):
                 'attention="int8" needs sight="bidirectional": the attention that trains blocks '
                 "is exact"
             )
-        if self.reference is None:
+        if self.own_residual and self.reference is not None:
+            raise ValueError(
+                f"own_residual=True takes no reference, got reference={self.reference}"
+            )
+        if not self.feeds_back:
             given = [name for name in _FED_BACK if getattr(self, name) != _FED_BACK[name]]
             if given:
                 raise ValueError(
-                    f"{' and '.join(given)} decide what a reference feeds back, got reference=None"
+                    f"{' and '.join(given)} decide what is fed back, got reference=None and "
+                    "own_residual=False"
                 )
         self.training()
+
+    @property
+    def feeds_back(self) -> bool:
+        """Whether predictions are mixed into the inputs: RCD."""
+        return self.own_residual or self.reference is not None
 
     @property
     def row_block(self) -> int:
@@ -232,7 +245,7 @@ class Config(Options):
     def training(self) -> MaskedDiffusion:
         """Returns the objective."""
         residual = None
-        if self.reference is not None:
+        if self.feeds_back:
             residual = ResidualContext(weighting=self.weighting, source=self.source)
         return MaskedDiffusion(
             sight=self.sight,
@@ -241,6 +254,7 @@ class Config(Options):
             average=self.average,
             residual=residual,
             stop_vector=self.stop_vector,
+            own=self.own_residual,
             cold_share=self.cold_share,
             stale_share=self.stale_share,
         )

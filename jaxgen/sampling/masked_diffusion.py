@@ -45,8 +45,11 @@ class MaskedDiffusion:
         cold_share: share of the rows that are fed back nothing, as is the first step of a block
             decoded with `ResidualContext.init` "zero". Not in the paper, whose models learn with
             residuals alone (0); half is what self-conditioning takes (arXiv:2208.04202).
+        own: feed back what the model itself predicts without a residual, with no gradient, instead
+            of what a reference does. Not in the paper; self-conditioning (arXiv:2208.04202) learns
+            so, and decoding feeds back the model's own predictions, too.
         stale_share: up to this share of the known tokens of a row, drawn evenly for each row, are
-            masked for the reference. When answers are decoded, what is fed back was predicted
+            masked for that prediction. When answers are decoded, what is fed back was predicted
             before the last tokens were settled; the paper's reference knows them (0).
         chunk: positions whose logits are computed at a time.
 
@@ -60,6 +63,7 @@ class MaskedDiffusion:
     average: Average = "token"
     residual: ResidualContext | None = None
     stop_vector: bool = False
+    own: bool = False
     cold_share: float = 0.0
     stale_share: float = 0.0
     chunk: int = 2048
@@ -72,6 +76,8 @@ class MaskedDiffusion:
         require_positive(self, "block_length", "chunk")
         for name in ("cold_share", "stale_share"):
             require_number(self, name, lambda x: 0 <= x <= 1, "from 0 to 1")
+        if self.own and self.residual is None:
+            raise ValueError("own=True decides whose predictions are fed back, got residual=None")
         if self.residual is not None and self.residual.table != "exact":
             raise ValueError(
                 f"training reads the exact table, got residual.table={self.residual.table!r}"
@@ -137,21 +143,25 @@ def diffusion_lm_loss(
     """Returns the loss of one batch, float32.
 
     Args:
-        key: decides which tokens are masked, for the reference, too, and which rows are cold.
+        key: decides which tokens are masked, for what is fed back, too, and which rows are cold.
         model: the model that is trained.
         tokens: ids; a prompt, an answer, and the ends of text that pad it.
         maskable: True for the tokens to learn: the answer and, in LLaDA and SDAR, its padding.
         training: how to train.
         lengths: tokens of each row; those after them are padding that nothing sees. None: all
             are seen. In "block_causal" rows, later blocks are not seen in any case.
-        reference: the frozen model of RCD; it gets no gradient.
+        reference: the frozen model of RCD; it gets no gradient. None with `training.own`.
 
     Raises:
-        ValueError: a reference without `training.residual` or the reverse, or of another
+        ValueError: a reference that `training` does not ask for or the reverse, or of another
             vocabulary; another shape of `maskable`; INT8 attention with "block_causal".
     """
-    if (reference is None) != (training.residual is None):
-        raise ValueError("RCD needs both training.residual and a reference model, got one of them")
+    needed = training.residual is not None and not training.own
+    if (reference is not None) != needed:
+        raise ValueError(
+            f"training.residual={training.residual} with own={training.own} "
+            f"{'needs a' if needed else 'takes no'} reference model"
+        )
     if reference is not None:
         check_vocabulary(model.config, reference.config)
     if maskable.shape != tokens.shape:
@@ -173,7 +183,8 @@ def diffusion_lm_loss(
     elif lengths is not None:
         options = {"mask": (jnp.arange(length)[None] < lengths[:, None])[:, None]}
     inputs = ids
-    if training.residual is not None and reference is not None:
+    if training.residual is not None:
+        reference = model if reference is None else reference
         cold_key, stale_key = (jax.random.fold_in(key, number) for number in (1, 2))
         settled = _settled_last(stale_key, maskable & ~noised.masked, training.stale_share)
         earlier = ids.at[:, :length].set(jnp.where(settled, mask_id, noised.tokens))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tyro
 
+from jaxgen.sampling import ResidualContext
 from train import decoding_sweep
 from train.configs.rcd_experiment import METHODS, Experiment, carry_out, table
 from train.decoding_sweep import accuracy_at
@@ -116,7 +117,10 @@ def test_methods_differ_in_what_their_names_say(tmp_path):
     assert runs["rcd-stale"].training().stale_share == 1.0
     export = tmp_path / "first-1" / "export"
     assert {run.start_from for run in runs.values()} == {export}
-    assert [m for m, run in runs.items() if run.reference is None] == ["seqd"]
+    assert [m for m, run in runs.items() if run.reference is None] == ["seqd", "rcd-own"]
+    own = runs["rcd-own"].training()
+    assert (own.own, own.cold_share, own.stale_share) == (True, 0.5, 1.0)
+    assert [m for m, run in runs.items() if not run.feeds_back] == ["seqd"]
     assert runs["rcd"].training().residual.weighting == "entropy"
     assert runs["rcd-fixed"].training().residual.weighting == "fixed"
     assert runs["rcd-one"].training().residual.weighting == "one"
@@ -127,7 +131,7 @@ def test_methods_differ_in_what_their_names_say(tmp_path):
         tuple((name, value) for name, value in vars(run).items() if name not in left_out)
         for run in runs.values()
     }
-    assert len(same) == 7  # rcd and seqd differ in nothing else
+    assert len(same) == 8  # rcd and seqd differ in nothing else
 
 
 def _points(*pairs):
@@ -217,3 +221,10 @@ def test_the_reference_of_every_method_is_the_first_model(done):
     ours, theirs = take_apart(first)[1], take_apart(rcd)[1]
     assert ours.keys() == theirs.keys()
     assert any((ours[name] != theirs[name]).any() for name in ours)
+
+
+def test_models_are_fed_back_what_they_learned_with():
+    card = {"config": {"reference": None, "weighting": "one", "source": "top1"}}
+    assert decoding_sweep.residual_of(card) is None  # a card older than own_residual
+    card["config"]["own_residual"] = True
+    assert decoding_sweep.residual_of(card) == ResidualContext(weighting="one", source="top1")

@@ -43,6 +43,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "rcd-warm": {"of": "rcd", "init": "reference"},
         "rcd-cold": {"reference": True, "cold_share": 0.5},
         "rcd-stale": {"reference": True, "cold_share": 0.5, "stale_share": 1.0},
+        "rcd-own": {"own_residual": True, "cold_share": 0.5, "stale_share": 1.0},
         "rcd-fixed": {"reference": True, "weighting": "fixed"},
         "rcd-one": {"reference": True, "weighting": "one"},
         "rcd-top1": {"reference": True, "source": "top1"},
@@ -54,7 +55,8 @@ METHODS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 "rcd" learns with residuals alone and starts blocks from nothing, as the paper's SDAR does.
 "rcd-warm" is the same model (`of`) whose blocks start from the reference's predictions, as the
 paper's LLaDA does; that pass counts as a step. "rcd-cold" learns to start from nothing, too, and
-"rcd-stale" furthermore to be fed back what was predicted before the last tokens were known.
+"rcd-stale" furthermore to be fed back what was predicted before the last tokens were known;
+"rcd-own" is fed back its own such predictions, where the others are fed the first model's.
 """
 
 
@@ -72,8 +74,8 @@ class Experiment:
     """Its peak learning rate."""
     methods: tuple[str, ...] = ("seqd", "rcd")
     """Methods to compare: seqd, rcd, rcd-warm (from the reference's predictions), rcd-cold (learns
-    to start from nothing), rcd-stale (and from older predictions), and the ablations rcd-fixed,
-    rcd-one, rcd-top1, rcd-stop-vector."""
+    to start from nothing), rcd-stale (and from older predictions), rcd-own (its own ones), and the
+    ablations rcd-fixed, rcd-one, rcd-top1, rcd-stop-vector."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of initialization, order and masks."""
     thresholds: tuple[float, ...] = decoding_sweep.THRESHOLDS

@@ -210,6 +210,19 @@ def test_the_reference_gets_no_gradient(models):
     assert all(not leaf.any() for leaf in jax.tree.leaves(gradient(reference)))
 
 
+@pytest.mark.parametrize("sight", ["bidirectional", "block_causal"])
+def test_its_own_residual_is_that_of_a_frozen_copy(models, sight):
+    model, _ = models
+    training = MaskedDiffusion(
+        sight=sight, block_length=4, residual=ResidualContext(), cold_share=0.2, stale_share=0.8
+    )
+    loss, gradient = loss_of(model, training, model)
+    own = dataclasses.replace(training, own=True)
+    own_loss, own_gradient = loss_of(model, own)
+    assert own_loss == loss
+    jax.tree.map(np.testing.assert_array_equal, own_gradient, gradient)
+
+
 def test_the_vector_passes_a_gradient_to_the_embeddings_unless_stopped(models):
     model, reference = models
     training = MaskedDiffusion(sight="bidirectional", residual=ResidualContext())
@@ -226,11 +239,14 @@ def test_the_vector_passes_a_gradient_to_the_embeddings_unless_stopped(models):
 
 def test_refuses_a_reference_without_residual_and_the_reverse(models):
     model, reference = models
-    with pytest.raises(ValueError, match="RCD needs both"):
+    with pytest.raises(ValueError, match=r"residual=None with own=False takes no reference"):
         diffusion_lm_loss(KEY, model, TOKENS, MASKABLE, MaskedDiffusion(), reference=reference)
     training = MaskedDiffusion(residual=ResidualContext())
-    with pytest.raises(ValueError, match="RCD needs both"):
+    with pytest.raises(ValueError, match="with own=False needs a reference"):
         diffusion_lm_loss(KEY, model, TOKENS, MASKABLE, training)
+    training = dataclasses.replace(training, own=True)
+    with pytest.raises(ValueError, match="with own=True takes no reference"):
+        diffusion_lm_loss(KEY, model, TOKENS, MASKABLE, training, reference=reference)
 
 
 def test_refuses_what_does_not_fit_the_model(models):
@@ -250,6 +266,7 @@ def test_refuses_what_does_not_fit_the_model(models):
     ("options", "message"),
     [
         ({"sight": "causal"}, "sight must be one of block_causal, bidirectional, got 'causal'"),
+        ({"own": True}, "own=True decides whose predictions are fed back, got residual=None"),
         ({"stale_share": 2.0}, "stale_share must be from 0 to 1, got 2.0"),
         ({"cold_share": -0.1}, "cold_share must be from 0 to 1, got -0.1"),
         ({"average": "batch"}, "average must be one of row, token, got 'batch'"),
