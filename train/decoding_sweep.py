@@ -97,7 +97,7 @@ def residual_of(card: Mapping[str, Any], **options: Any) -> ResidualContext | No
         **options: of `ResidualContext` that training does not decide, such as `temperature`.
     """
     config = card["config"]
-    if config["reference"] is None and not config.get("own_residual", False):
+    if config["reference"] is None and not config.get("own_passes"):
         return None
     return ResidualContext(weighting=config["weighting"], source=config["source"], **options)
 

@@ -37,6 +37,33 @@ MODELS: Mapping[str, DiffusionLMConfig] = MappingProxyType(
             ffn_dim=704,
             **_COMMON,
         ),
+        "shallow-medium": DiffusionLMConfig(
+            num_layers=3,
+            width=384,
+            num_heads=6,
+            num_kv_heads=6,
+            head_dim=64,
+            ffn_dim=896,
+            **_COMMON,
+        ),
+        "shallow": DiffusionLMConfig(
+            num_layers=3,
+            width=576,
+            num_heads=9,
+            num_kv_heads=9,
+            head_dim=64,
+            ffn_dim=1536,
+            **_COMMON,
+        ),
+        "shallowest": DiffusionLMConfig(
+            num_layers=2,
+            width=704,
+            num_heads=11,
+            num_kv_heads=11,
+            head_dim=64,
+            ffn_dim=1856,
+            **_COMMON,
+        ),
         "base": DiffusionLMConfig(
             num_layers=6,
             width=384,
@@ -48,7 +75,11 @@ MODELS: Mapping[str, DiffusionLMConfig] = MappingProxyType(
         ),
     }
 )
-"""Models for problems: 0.1, 0.9, 4.8 and 10.6 million parameters."""
+"""Models for problems: tiny, small, medium and base of 0.1, 0.9, 4.8 and 10.6 million parameters.
+
+The shallow ones have 3 layers and 4.9 and 11.9 million, the shallowest 2 and 11.8: so few that one
+pass cannot work out everything.
+"""
 
 
 @dataclass(frozen=True)
@@ -85,7 +116,8 @@ class Config(Options):
 
     # --- model ---
     model: str = "base"
-    """Preset: base (10.6 million parameters), medium (4.8), small (0.9) or tiny (0.1); for
+    """Preset: base (10.6 million parameters), medium (4.8), small (0.9) or tiny (0.1), of 6, 6, 4
+    and 2 layers; shallow (11.9) and shallow-medium (4.9) have 3, shallowest (11.8) has 2. For
     --task text that of --start-from is taken."""
     attention: Literal["exact", "int8"] = "exact"
     """Arithmetic of the attention of --sight bidirectional; block_causal is exact always."""
@@ -108,9 +140,9 @@ class Config(Options):
     """Average of the loss: within rows first (LLaDA), or over all tokens (SDAR, BD3-LM)."""
     reference: Path | None = None
     """Export of the frozen model whose predictions are fed back (RCD); None: a standard model."""
-    own_residual: bool = False
-    """Feed back what the model itself predicts without a residual, instead of a reference
-    (self-conditioning)."""
+    own_passes: int = 0
+    """Feed back what the model itself predicts, in up to so many passes before the one that
+    learns, instead of a reference; 0: it does not."""
     weighting: Literal[
         "entropy", "confidence", "fixed", "one", "one_minus_entropy", "one_minus_confidence"
     ] = "entropy"
@@ -219,23 +251,23 @@ class Config(Options):
                 'attention="int8" needs sight="bidirectional": the attention that trains blocks '
                 "is exact"
             )
-        if self.own_residual and self.reference is not None:
+        if self.own_passes and self.reference is not None:
             raise ValueError(
-                f"own_residual=True takes no reference, got reference={self.reference}"
+                f"own_passes={self.own_passes} takes no reference, got reference={self.reference}"
             )
         if not self.feeds_back:
             given = [name for name in _FED_BACK if getattr(self, name) != _FED_BACK[name]]
             if given:
                 raise ValueError(
                     f"{' and '.join(given)} decide what is fed back, got reference=None and "
-                    "own_residual=False"
+                    "own_passes=0"
                 )
         self.training()
 
     @property
     def feeds_back(self) -> bool:
         """Whether predictions are mixed into the inputs: RCD."""
-        return self.own_residual or self.reference is not None
+        return self.own_passes > 0 or self.reference is not None
 
     @property
     def row_block(self) -> int:
@@ -254,7 +286,7 @@ class Config(Options):
             average=self.average,
             residual=residual,
             stop_vector=self.stop_vector,
-            own=self.own_residual,
+            own_passes=self.own_passes,
             cold_share=self.cold_share,
             stale_share=self.stale_share,
         )
@@ -275,6 +307,7 @@ _CHOICES = {
     "export_dtype": ("float32", "bfloat16"),
 }
 _SMALLEST = {
+    "own_passes": 0,
     "problems": 1,
     "max_tokens": 1,
     "batch_size": 1,

@@ -10,6 +10,7 @@ there (RCD, arXiv:2601.22954, algorithm 1): one plain pass of that model, no unr
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -45,12 +46,13 @@ class MaskedDiffusion:
         cold_share: share of the rows that are fed back nothing, as is the first step of a block
             decoded with `ResidualContext.init` "zero". Not in the paper, whose models learn with
             residuals alone (0); half is what self-conditioning takes (arXiv:2208.04202).
-        own: feed back what the model itself predicts without a residual, with no gradient, instead
-            of what a reference does. Not in the paper; self-conditioning (arXiv:2208.04202) learns
-            so, and decoding feeds back the model's own predictions, too.
+        own_passes: feed back what the model itself predicts, without a gradient, in up to so many
+            passes one after the other; 0 is the paper's, what a reference predicts. Decoding feeds
+            back the model's own predictions, too; self-conditioning (arXiv:2208.04202) learns with
+            one pass. Rows begin with any of them, equally often.
         stale_share: up to this share of the known tokens of a row, drawn evenly for each row, are
-            masked for that prediction. When answers are decoded, what is fed back was predicted
-            before the last tokens were settled; the paper's reference knows them (0).
+            masked for the first of these passes. When answers are decoded, what is fed back was
+            predicted before the last tokens were settled; the paper's reference knows them (0).
         chunk: positions whose logits are computed at a time.
 
     Raises:
@@ -63,7 +65,7 @@ class MaskedDiffusion:
     average: Average = "token"
     residual: ResidualContext | None = None
     stop_vector: bool = False
-    own: bool = False
+    own_passes: int = 0
     cold_share: float = 0.0
     stale_share: float = 0.0
     chunk: int = 2048
@@ -76,8 +78,13 @@ class MaskedDiffusion:
         require_positive(self, "block_length", "chunk")
         for name in ("cold_share", "stale_share"):
             require_number(self, name, lambda x: 0 <= x <= 1, "from 0 to 1")
-        if self.own and self.residual is None:
-            raise ValueError("own=True decides whose predictions are fed back, got residual=None")
+        passes = self.own_passes
+        if not isinstance(passes, int) or isinstance(passes, bool) or passes < 0:
+            raise ValueError(f"own_passes must be an int of at least 0, got {passes!r}")
+        if self.own_passes and self.residual is None:
+            raise ValueError(
+                f"own_passes={passes} decides whose predictions are fed back, got residual=None"
+            )
         if self.residual is not None and self.residual.table != "exact":
             raise ValueError(
                 f"training reads the exact table, got residual.table={self.residual.table!r}"
@@ -150,16 +157,16 @@ def diffusion_lm_loss(
         training: how to train.
         lengths: tokens of each row; those after them are padding that nothing sees. None: all
             are seen. In "block_causal" rows, later blocks are not seen in any case.
-        reference: the frozen model of RCD; it gets no gradient. None with `training.own`.
+        reference: the frozen model of RCD; it gets no gradient. None with `training.own_passes`.
 
     Raises:
         ValueError: a reference that `training` does not ask for or the reverse, or of another
             vocabulary; another shape of `maskable`; INT8 attention with "block_causal".
     """
-    needed = training.residual is not None and not training.own
+    needed = training.residual is not None and not training.own_passes
     if (reference is not None) != needed:
         raise ValueError(
-            f"training.residual={training.residual} with own={training.own} "
+            f"training.residual={training.residual} with own_passes={training.own_passes} "
             f"{'needs a' if needed else 'takes no'} reference model"
         )
     if reference is not None:
@@ -182,19 +189,11 @@ def diffusion_lm_loss(
         options = {"positions": jnp.tile(jnp.arange(length), 2)[None], "attend": attend}
     elif lengths is not None:
         options = {"mask": (jnp.arange(length)[None] < lengths[:, None])[:, None]}
-    inputs = ids
+    residual = None
     if training.residual is not None:
-        reference = model if reference is None else reference
-        cold_key, stale_key = (jax.random.fold_in(key, number) for number in (1, 2))
-        settled = _settled_last(stale_key, maskable & ~noised.masked, training.stale_share)
-        earlier = ids.at[:, :length].set(jnp.where(settled, mask_id, noised.tokens))
-        known = reference.hidden(earlier, **options)[:, :length]
-        residual = _predicted(jax.lax.stop_gradient(known), model, reference, training)
-        warm = jax.random.uniform(cold_key, (len(ids), 1)) >= training.cold_share
-        residual = residual._replace(weight=jnp.where(warm, residual.weight, 0.0))
-        inputs = model.embed(ids)
-        mixed = mix_residual(inputs[:, :length], noised.masked, residual)
-        inputs = inputs.at[:, :length].set(mixed)
+        predictor = model if reference is None else reference
+        residual = _fed_back(key, model, predictor, ids, maskable, noised.masked, training, options)
+    inputs = _inputs(model, ids, noised.masked, residual)
     hidden = model.hidden(inputs, **options)[:, :length]
     weights = noised.masked.astype(jnp.float32) / noised.rate
     learned = maskable.astype(jnp.float32)
@@ -206,11 +205,47 @@ def diffusion_lm_loss(
     return weighted_cross_entropy(hidden, table, tokens, weights, axis=axis, chunk=training.chunk)
 
 
-def _settled_last(key: PRNGKeyArray, known: Array, largest_share: float) -> Array:
-    """Chooses the tokens of each row that a step before did not know yet."""
-    share_key, token_key = jax.random.split(key)
-    share = largest_share * jax.random.uniform(share_key, (len(known), 1))
-    return known & (jax.random.uniform(token_key, known.shape) < share)
+def _inputs(model: DiffusionLM, ids: Array, masked: Array, residual: Residual | None) -> Array:
+    """The input of a pass: ids, or embeddings into which a residual of the first ones is mixed."""
+    if residual is None:
+        return ids
+    length, embeddings = masked.shape[1], model.embed(ids)
+    mixed = mix_residual(embeddings[:, :length], masked, residual)
+    return embeddings.at[:, :length].set(mixed)
+
+
+def _fed_back(
+    key: PRNGKeyArray,
+    model: DiffusionLM,
+    predictor: DiffusionLM,
+    ids: Array,
+    maskable: Array,
+    masked: Array,
+    training: MaskedDiffusion,
+    options: Mapping[str, Any],
+) -> Residual:
+    """What earlier passes predict, each of which knows some tokens less than the one after it.
+
+    Of the rows that are not cold, equally many begin with the first pass, the second, and so on.
+    """
+    rows, length = masked.shape
+    mask_id, passes = model.config.mask_id, max(training.own_passes, 1)
+    cold_key, stale_key = (jax.random.fold_in(key, number) for number in (1, 2))
+    share_key, token_key = jax.random.split(stale_key)
+    share = training.stale_share * jax.random.uniform(share_key, (rows, 1))
+    settled_at = jax.random.uniform(token_key, masked.shape)
+    start = jax.random.uniform(cold_key, (rows, 1))
+    residual = None
+    for later in reversed(range(passes)):
+        unknown = maskable & (settled_at < share * ((later + 1) / passes))
+        earlier = ids.at[:, :length].set(jnp.where(unknown, mask_id, ids[:, :length]))
+        inputs = _inputs(model, earlier, masked | unknown, residual)
+        states = predictor.hidden(inputs, **options)[:, :length]
+        residual = _predicted(jax.lax.stop_gradient(states), model, predictor, training)
+        warm = start >= training.cold_share + (1 - training.cold_share) * later / passes
+        residual = residual._replace(weight=jnp.where(warm, residual.weight, 0.0))
+    assert residual is not None
+    return residual
 
 
 def _predicted(

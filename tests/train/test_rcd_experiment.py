@@ -113,13 +113,19 @@ def test_methods_differ_in_what_their_names_say(tmp_path):
     assert plan.sweep("rcd-warm", 1).models == (tmp_path / "rcd-1" / "export",)
     assert plan.sweep("rcd-warm", 1).output == tmp_path / "rcd-warm-1"
     assert runs["rcd-cold"].training().cold_share == 0.5
-    assert runs["rcd-stale"].training().cold_share == 0.5
+    assert runs["rcd-stale"].training().cold_share == 0.25
     assert runs["rcd-stale"].training().stale_share == 1.0
     export = tmp_path / "first-1" / "export"
     assert {run.start_from for run in runs.values()} == {export}
-    assert [m for m, run in runs.items() if run.reference is None] == ["seqd", "rcd-own"]
-    own = runs["rcd-own"].training()
-    assert (own.own, own.cold_share, own.stale_share) == (True, 0.5, 1.0)
+    assert [m for m, run in runs.items() if run.reference is None] == [
+        "seqd", "rcd-own", "rcd-own-2", "rcd-own-one",
+    ]  # fmt: skip
+    own = {method: runs[method].training() for method in METHODS if method in runs}
+    assert [m for m in own if own[m].own_passes == 1] == ["rcd-own", "rcd-own-one"]
+    assert [m for m in own if own[m].own_passes == 2] == ["rcd-own-2"]
+    assert own["rcd-own-one"].residual.weighting == "one"
+    assert {own[m].cold_share for m in own if own[m].own_passes} == {0.25}
+    assert {own[m].stale_share for m in own if own[m].own_passes} == {1.0}
     assert [m for m, run in runs.items() if not run.feeds_back] == ["seqd"]
     assert runs["rcd"].training().residual.weighting == "entropy"
     assert runs["rcd-fixed"].training().residual.weighting == "fixed"
@@ -131,7 +137,7 @@ def test_methods_differ_in_what_their_names_say(tmp_path):
         tuple((name, value) for name, value in vars(run).items() if name not in left_out)
         for run in runs.values()
     }
-    assert len(same) == 8  # rcd and seqd differ in nothing else
+    assert len(same) == 10  # rcd and seqd differ in nothing else
 
 
 def _points(*pairs):
@@ -225,6 +231,6 @@ def test_the_reference_of_every_method_is_the_first_model(done):
 
 def test_models_are_fed_back_what_they_learned_with():
     card = {"config": {"reference": None, "weighting": "one", "source": "top1"}}
-    assert decoding_sweep.residual_of(card) is None  # a card older than own_residual
-    card["config"]["own_residual"] = True
+    assert decoding_sweep.residual_of(card) is None  # a card older than own_passes
+    card["config"]["own_passes"] = 2
     assert decoding_sweep.residual_of(card) == ResidualContext(weighting="one", source="top1")

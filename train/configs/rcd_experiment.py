@@ -36,14 +36,18 @@ from train.diffusion_lm_config import Config
 from train.metrics import mean_and_deviation
 from train.run_folder import claim
 
+_AS_DECODED = {"cold_share": 0.25, "stale_share": 1.0}
+
 METHODS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "seqd": {},
         "rcd": {"reference": True},
         "rcd-warm": {"of": "rcd", "init": "reference"},
         "rcd-cold": {"reference": True, "cold_share": 0.5},
-        "rcd-stale": {"reference": True, "cold_share": 0.5, "stale_share": 1.0},
-        "rcd-own": {"own_residual": True, "cold_share": 0.5, "stale_share": 1.0},
+        "rcd-stale": {"reference": True, **_AS_DECODED},
+        "rcd-own": {"own_passes": 1, **_AS_DECODED},
+        "rcd-own-2": {"own_passes": 2, **_AS_DECODED},
+        "rcd-own-one": {"own_passes": 1, "weighting": "one", **_AS_DECODED},
         "rcd-fixed": {"reference": True, "weighting": "fixed"},
         "rcd-one": {"reference": True, "weighting": "one"},
         "rcd-top1": {"reference": True, "source": "top1"},
@@ -56,7 +60,8 @@ METHODS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 "rcd-warm" is the same model (`of`) whose blocks start from the reference's predictions, as the
 paper's LLaDA does; that pass counts as a step. "rcd-cold" learns to start from nothing, too, and
 "rcd-stale" furthermore to be fed back what was predicted before the last tokens were known;
-"rcd-own" is fed back its own such predictions, where the others are fed the first model's.
+"rcd-own" is fed back its own such predictions, where the others are fed the first model's,
+"rcd-own-2" those of two passes, and "rcd-own-one" nothing but them, without the mask's embedding.
 """
 
 
@@ -74,8 +79,9 @@ class Experiment:
     """Its peak learning rate."""
     methods: tuple[str, ...] = ("seqd", "rcd")
     """Methods to compare: seqd, rcd, rcd-warm (from the reference's predictions), rcd-cold (learns
-    to start from nothing), rcd-stale (and from older predictions), rcd-own (its own ones), and the
-    ablations rcd-fixed, rcd-one, rcd-top1, rcd-stop-vector."""
+    to start from nothing), rcd-stale (and from older predictions), rcd-own (its own ones),
+    rcd-own-2 (after two passes), rcd-own-one (with weight 1), and the ablations rcd-fixed,
+    rcd-one, rcd-top1, rcd-stop-vector."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of initialization, order and masks."""
     thresholds: tuple[float, ...] = decoding_sweep.THRESHOLDS

@@ -217,10 +217,71 @@ def test_its_own_residual_is_that_of_a_frozen_copy(models, sight):
         sight=sight, block_length=4, residual=ResidualContext(), cold_share=0.2, stale_share=0.8
     )
     loss, gradient = loss_of(model, training, model)
-    own = dataclasses.replace(training, own=True)
+    own = dataclasses.replace(training, own_passes=1)
     own_loss, own_gradient = loss_of(model, own)
     assert own_loss == loss
     jax.tree.map(np.testing.assert_array_equal, own_gradient, gradient)
+
+
+@pytest.mark.parametrize("cold_share", [0.0, 0.25])
+def test_own_passes_follow_one_another(models, cold_share, monkeypatch):
+    model, _ = models
+    training = MaskedDiffusion(
+        sight="bidirectional",
+        residual=ResidualContext(),
+        own_passes=2,
+        cold_share=cold_share,
+        stale_share=1.0,
+    )
+    table = np.asarray(model.embedding.embedding[...], np.float64)
+    seen, hidden = [], DiffusionLM.hidden
+
+    def watch(self, inputs, *args, **options):
+        seen.append(np.asarray(inputs, np.float64))
+        return hidden(self, inputs, *args, **options)
+
+    monkeypatch.setattr(DiffusionLM, "hidden", watch)
+    depths, hidden_shares = [], []
+    for seed in range(30):
+        key = jax.random.key(seed)
+        masked = np.asarray(mask_tokens(key, TOKENS, MASKABLE, MASK).masked)
+        seen.clear()
+        diffusion_lm_loss(key, model, TOKENS, MASKABLE, training)
+        first, *later = seen
+        unknown = [first == MASK, *((x != table[np.asarray(TOKENS)]).any(-1) for x in later)]
+        # What a pass does not know, the passes before it did not know either.
+        np.testing.assert_array_equal(unknown[2], masked)
+        assert (unknown[0] >= unknown[1]).all()
+        assert (unknown[1] >= unknown[2]).all()
+        known = np.asarray(MASKABLE) & ~masked
+        hidden_shares.append([(u & known).sum() / max(known.sum(), 1) for u in unknown])
+        # Each pass is fed what the one before it predicts, from where the row begins.
+        given = np.where(unknown[0], MASK, TOKENS)
+        warm = []
+        for inputs, blank in zip(later, unknown[1:], strict=True):
+            logits = np.asarray(hidden_logits(model, given, hidden), np.float64)
+            shares = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+            weight = (-(shares * np.log(shares)).sum(axis=-1) / np.log(13))[..., None]
+            mixed = (1 - weight) * table[MASK] + weight * (shares @ table)
+            cold = np.where(blank[..., None], table[MASK], table[np.asarray(TOKENS)])
+            mixed = np.where(blank[..., None], mixed, cold)
+            far = lambda other, inputs=inputs: np.abs(inputs - other).max(axis=(1, 2))
+            assert (np.minimum(far(mixed), far(cold)) < 1e-5).all()
+            warm.append(far(mixed) < far(cold))
+            given = jnp.asarray(inputs, jnp.float32)
+        for row in range(3):
+            if masked[row].any():
+                depths.append(int(warm[0][row]) + int(warm[1][row]))
+                assert warm[1][row] or not warm[0][row]
+    counts = np.bincount(depths, minlength=3) / len(depths)
+    halves = (1 - cold_share) / 2
+    np.testing.assert_allclose(counts, [cold_share, halves, halves], atol=0.15)
+    assert (counts[0] > 0) == (cold_share > 0)
+    np.testing.assert_allclose(np.mean(hidden_shares, axis=0), [0.5, 0.25, 0.0], atol=0.1)
+
+
+def hidden_logits(model, inputs, hidden):
+    return model.logits(hidden(model, jnp.asarray(inputs)))
 
 
 def test_the_vector_passes_a_gradient_to_the_embeddings_unless_stopped(models):
@@ -239,13 +300,13 @@ def test_the_vector_passes_a_gradient_to_the_embeddings_unless_stopped(models):
 
 def test_refuses_a_reference_without_residual_and_the_reverse(models):
     model, reference = models
-    with pytest.raises(ValueError, match=r"residual=None with own=False takes no reference"):
+    with pytest.raises(ValueError, match=r"residual=None with own_passes=0 takes no reference"):
         diffusion_lm_loss(KEY, model, TOKENS, MASKABLE, MaskedDiffusion(), reference=reference)
     training = MaskedDiffusion(residual=ResidualContext())
-    with pytest.raises(ValueError, match="with own=False needs a reference"):
+    with pytest.raises(ValueError, match="with own_passes=0 needs a reference"):
         diffusion_lm_loss(KEY, model, TOKENS, MASKABLE, training)
-    training = dataclasses.replace(training, own=True)
-    with pytest.raises(ValueError, match="with own=True takes no reference"):
+    training = dataclasses.replace(training, own_passes=1)
+    with pytest.raises(ValueError, match="with own_passes=1 takes no reference"):
         diffusion_lm_loss(KEY, model, TOKENS, MASKABLE, training, reference=reference)
 
 
@@ -266,7 +327,8 @@ def test_refuses_what_does_not_fit_the_model(models):
     ("options", "message"),
     [
         ({"sight": "causal"}, "sight must be one of block_causal, bidirectional, got 'causal'"),
-        ({"own": True}, "own=True decides whose predictions are fed back, got residual=None"),
+        ({"own_passes": 1}, "own_passes=1 decides whose predictions are fed back, got residual=No"),
+        ({"own_passes": -1}, "own_passes must be an int of at least 0, got -1"),
         ({"stale_share": 2.0}, "stale_share must be from 0 to 1, got 2.0"),
         ({"cold_share": -0.1}, "cold_share must be from 0 to 1, got -0.1"),
         ({"average": "batch"}, "average must be one of row, token, got 'batch'"),
