@@ -76,7 +76,7 @@ def train(
         for option, prefix in {"start_from": _TARGET, "reference": _REFERENCE}.items():
             folder = getattr(config, option)
             if folder is not None:
-                arrays |= exported_arrays(folder, prefix, shapes, config.precision)
+                arrays |= exported_arrays(folder, prefix, shapes, config)
         return arrays
 
     if config.task == "text":
@@ -136,20 +136,21 @@ def train(
     return result
 
 
-def exported_arrays(folder: Path, prefix: str, shapes: Mapping[str, Any], precision: str) -> Arrays:
+def exported_arrays(folder: Path, prefix: str, shapes: Mapping[str, Any], config: Config) -> Arrays:
     """Return the arrays of an export under the names of a part of the models.
 
     Args:
         folder: The folder `export` of a run.
         prefix: "target." or "reference.".
         shapes: What that part, among others, consists of.
-        precision: Dtype of the computation.
+        config: Says the dtype of the computation and the mask token.
 
     Raises:
         FileNotFoundError: A file is missing.
         ValueError: A damaged file, or another model.
     """
-    arrays = take_apart(load_export(folder, precision=precision)[0])[1]
+    model, _ = load_export(folder, precision=config.precision, mask_id=config.mask_id)
+    arrays = take_apart(model)[1]
     named = {prefix + name: array for name, array in arrays.items()}
     wanted = {name: shape.shape for name, shape in shapes.items() if name.startswith(prefix)}
     if wanted != {name: array.shape for name, array in named.items()}:

@@ -165,6 +165,9 @@ class Config(Options):
     """File of text: a JSON object on each line, with the strings prompt and answer."""
     chat: bool = True
     """Prompts of text are a user's messages, in the chat format of the model."""
+    mask_id: int | None = None
+    """The token of --task text that stands for one not known yet, where the configuration of
+    --start-from names none: that of a Qwen3, an autoregressive model made a diffusion model."""
     max_tokens: int = 2048
     """Longer texts are left out."""
     levels: tuple[int, ...] = (1, 2, 3, 4)
@@ -246,6 +249,8 @@ class Config(Options):
             finite=("learning_rate", "weight_decay", "gradient_clip", "test_threshold"),
             shares=("cold_share", "stale_share", "ema_decay", "test_threshold"),
         )
+        if self.mask_id is not None and self.task != "text":
+            raise ValueError(f"mask_id is of task=text, got mask_id={self.mask_id}")
         if self.attention != "exact" and self.sight == "block_causal":
             raise ValueError(
                 'attention="int8" needs sight="bidirectional": the attention that trains blocks '

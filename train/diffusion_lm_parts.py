@@ -65,18 +65,23 @@ def make_models(config: Config) -> Models:
     trained: dict[str, Any] = options | {"remat": config.remat, "attention": config.attention}
     rngs, target = nnx.Rngs(config.seed), MODELS[config.model]
     if config.task == "text" and config.start_from is not None:
-        target = shape_of(config.start_from)
+        target = shape_of(config.start_from, config.mask_id)
     target = DiffusionLM(dataclasses.replace(target, **trained), rngs=rngs)
     if config.reference is None:
         return Models(target)
-    shape = dataclasses.replace(shape_of(config.reference), **options)
+    shape = dataclasses.replace(shape_of(config.reference, config.mask_id), **options)
     return Models(target, DiffusionLM(shape, rngs=rngs))
 
 
-def shape_of(folder: Path) -> DiffusionLMConfig:
-    """Returns the configuration of the model in a folder."""
+def shape_of(folder: Path, mask_id: int | None = None) -> DiffusionLMConfig:
+    """Returns the configuration of the model in a folder, with another mask token if one is given.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a damaged one, or one without a mask token.
+    """
     path = folder / "config.json"
-    return diffusion_lm_config_from_json(path.read_bytes(), str(path))
+    return diffusion_lm_config_from_json(path.read_bytes(), str(path), mask_id=mask_id)
 
 
 def make_loss(skeleton: Skeleton, training: MaskedDiffusion) -> Loss:
@@ -261,8 +266,15 @@ def _add_to_config(folder: Path, beside: Path | None, block_length: int | None) 
     write_atomically(path, [(json.dumps(values, indent=2) + "\n").encode()])
 
 
-def load_export(folder: Path, *, precision: str) -> tuple[DiffusionLM, dict[str, Any]]:
+def load_export(
+    folder: Path, *, precision: str, mask_id: int | None = None
+) -> tuple[DiffusionLM, dict[str, Any]]:
     """Reads what `save_export` wrote, or a released model, with float32 parameters.
+
+    Args:
+        folder: of either.
+        precision: dtype of the computation.
+        mask_id: the mask token of a folder that names none.
 
     Returns:
         The model and its card, empty for a released one.
@@ -272,7 +284,9 @@ def load_export(folder: Path, *, precision: str) -> tuple[DiffusionLM, dict[str,
         ValueError: a damaged file.
     """
     folder = Path(folder)
-    model = load_diffusion_lm_folder(folder, dtype=precision, param_dtype=jnp.float32)
+    model = load_diffusion_lm_folder(
+        folder, dtype=precision, param_dtype=jnp.float32, mask_id=mask_id
+    )
     path = folder / _CARD
     return model, parse_json_object(path.read_bytes(), str(path)) if path.is_file() else {}
 
@@ -289,7 +303,7 @@ def open_rows(config: Config) -> tuple[Rows, Rows, int]:
     """
     assert config.data is not None
     assert config.start_from is not None
-    shape = shape_of(config.start_from)
+    shape = shape_of(config.start_from, config.mask_id)
     sight = "block_causal" if shape.qk_norm else "bidirectional"
     if config.sight != sight:
         raise ValueError(

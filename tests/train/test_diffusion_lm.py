@@ -290,6 +290,7 @@ def test_main_exits_with_the_signal(monkeypatch, first):
         ({"attention": "int8"}, 'attention="int8" needs sight="bidirectional"'),
         ({"weighting": "none", "reference": Path("a")}, "weighting must be one of entropy, "),
         ({"problems": 0}, "problems must be at least 1, got problems=0"),
+        ({"mask_id": 5}, "mask_id is of task=text, got mask_id=5"),
         ({"test_threshold": 1.5}, "test_threshold must be from 0 to 1, got test_threshold=1.5"),
     ],
 )

@@ -135,7 +135,8 @@ def test_refuses_a_file_without_short_texts_and_one_that_is_not_there(tmp_path, 
         read(tmp_path / "nothing.jsonl", tokenizer)
 
 
-def test_a_released_folder_is_fine_tuned_to_rcd_and_answers(tmp_path, tokenizer):
+@pytest.mark.parametrize("kind", ["sdar", "qwen3"])
+def test_a_released_folder_is_fine_tuned_to_rcd_and_answers(tmp_path, tokenizer, kind):
     shape = DiffusionLMConfig(
         num_layers=1,
         width=16,
@@ -151,6 +152,10 @@ def test_a_released_folder_is_fine_tuned_to_rcd_and_answers(tmp_path, tokenizer)
     shutil.copytree(FOLDER, released)
     save_diffusion_lm_folder(released, DiffusionLM(shape, rngs=nnx.Rngs(0)))
     values = json.loads((released / "config.json").read_text()) | {"eos_token_id": [3, 5]}
+    mask_id = None
+    if kind == "qwen3":  # an autoregressive model, which knows of no mask
+        mask_id = values.pop("mask_token_id")
+        values["model_type"] = kind
     (released / "config.json").write_text(json.dumps(values))
     config = Config(
         output=tmp_path / "run",
@@ -158,6 +163,7 @@ def test_a_released_folder_is_fine_tuned_to_rcd_and_answers(tmp_path, tokenizer)
         data=write(tmp_path / "data.jsonl"),
         start_from=released,
         reference=released,
+        mask_id=mask_id,
         precision="float32",
         block_length=8,
         batch_size=2,
@@ -169,12 +175,15 @@ def test_a_released_folder_is_fine_tuned_to_rcd_and_answers(tmp_path, tokenizer)
         validate_every=3,
         test_problems=1,
     )
+    if kind == "qwen3":
+        with pytest.raises(ValueError, match=r"mask_token_id.*; mask_id can be given"):
+            train(dataclasses.replace(config, mask_id=None), show_progress=False)
     result = train(config, show_progress=False)
     assert [row["step"] for row in result.rows] == [1, 2, 3]
     validation = read_metrics(result.folder / "validation.jsonl")
     assert validation[-1]["validation"] > 0
     model = TextToText.from_pretrained(result.folder / "export", dtype="float32")
-    theirs = TextToText.from_pretrained(released, dtype="float32")
+    theirs = TextToText.from_pretrained(released, dtype="float32", mask_id=mask_id)
     decoders = [one.default_decoder(8) for one in (model, theirs)]
     assert decoders[0] == decoders[1]
     assert decoders[0].block_length == 8
@@ -182,7 +191,7 @@ def test_a_released_folder_is_fine_tuned_to_rcd_and_answers(tmp_path, tokenizer)
     answers = model(["2+2?"], new_tokens=8)
     assert len(answers.texts) == 1
     with pytest.raises(ValueError, match="no model that was trained on problems"):
-        carry_out(Sweep((released,), tmp_path / "sweep"), show_progress=False)
+        carry_out(Sweep((result.folder / "export",), tmp_path / "sweep"), show_progress=False)
 
 
 def test_text_needs_a_file_and_a_model():

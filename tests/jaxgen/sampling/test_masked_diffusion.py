@@ -169,11 +169,11 @@ def test_the_reference_does_not_know_what_was_settled_last(models, sight, monkey
     model, reference = models
     training = MaskedDiffusion(sight=sight, block_length=4, residual=ResidualContext())
     stale = dataclasses.replace(training, stale_share=0.8)
-    seen, hidden = {}, DiffusionLM.hidden
+    seen = {}
 
     def watch(self, inputs, *args, **options):
         seen[inputs.ndim] = np.asarray(inputs)  # ids of the reference, embeddings of the model
-        return hidden(self, inputs, *args, **options)
+        return jnp.zeros((*inputs.shape[:2], self.config.width))
 
     monkeypatch.setattr(DiffusionLM, "hidden", watch)
     earlier, unmasked = [], []
@@ -223,22 +223,24 @@ def test_its_own_residual_is_that_of_a_frozen_copy(models, sight):
     jax.tree.map(np.testing.assert_array_equal, own_gradient, gradient)
 
 
-@pytest.mark.parametrize("cold_share", [0.0, 0.25])
-def test_own_passes_follow_one_another(models, cold_share, monkeypatch):
+def test_own_passes_follow_one_another(models, monkeypatch):
     model, _ = models
     training = MaskedDiffusion(
         sight="bidirectional",
         residual=ResidualContext(),
         own_passes=2,
-        cold_share=cold_share,
+        cold_share=0.25,
         stale_share=1.0,
     )
     table = np.asarray(model.embedding.embedding[...], np.float64)
-    seen, hidden = [], DiffusionLM.hidden
+    seen = []
+
+    def states(inputs):  # in the place of the transformer, which would take long
+        return jnp.tanh(model.embed(inputs) if inputs.ndim == 2 else inputs)
 
     def watch(self, inputs, *args, **options):
         seen.append(np.asarray(inputs, np.float64))
-        return hidden(self, inputs, *args, **options)
+        return states(inputs)
 
     monkeypatch.setattr(DiffusionLM, "hidden", watch)
     depths, hidden_shares = [], []
@@ -259,7 +261,7 @@ def test_own_passes_follow_one_another(models, cold_share, monkeypatch):
         given = np.where(unknown[0], MASK, TOKENS)
         warm = []
         for inputs, blank in zip(later, unknown[1:], strict=True):
-            logits = np.asarray(hidden_logits(model, given, hidden), np.float64)
+            logits = np.asarray(model.logits(states(jnp.asarray(given))), np.float64)
             shares = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
             weight = (-(shares * np.log(shares)).sum(axis=-1) / np.log(13))[..., None]
             mixed = (1 - weight) * table[MASK] + weight * (shares @ table)
@@ -274,14 +276,8 @@ def test_own_passes_follow_one_another(models, cold_share, monkeypatch):
                 depths.append(int(warm[0][row]) + int(warm[1][row]))
                 assert warm[1][row] or not warm[0][row]
     counts = np.bincount(depths, minlength=3) / len(depths)
-    halves = (1 - cold_share) / 2
-    np.testing.assert_allclose(counts, [cold_share, halves, halves], atol=0.15)
-    assert (counts[0] > 0) == (cold_share > 0)
+    np.testing.assert_allclose(counts, [0.25, 0.375, 0.375], atol=0.15)
     np.testing.assert_allclose(np.mean(hidden_shares, axis=0), [0.5, 0.25, 0.0], atol=0.1)
-
-
-def hidden_logits(model, inputs, hidden):
-    return model.logits(hidden(model, jnp.asarray(inputs)))
 
 
 def test_the_vector_passes_a_gradient_to_the_embeddings_unless_stopped(models):
