@@ -77,7 +77,7 @@ MODELS: Mapping[str, DiffusionLMConfig] = MappingProxyType(
 )
 """Models for problems: tiny, small, medium and base of 0.1, 0.9, 4.8 and 10.6 million parameters.
 
-The shallow ones have 3 layers and 4.9 and 11.9 million, the shallowest 2 and 11.8: so few that one
+The shallow ones have 3 layers and 4.9 and 12.0 million, the shallowest 2 and 11.8: so few that one
 pass cannot work out everything.
 """
 
@@ -117,7 +117,7 @@ class Config(Options):
     # --- model ---
     model: str = "base"
     """Preset: base (10.6 million parameters), medium (4.8), small (0.9) or tiny (0.1), of 6, 6, 4
-    and 2 layers; shallow (11.9) and shallow-medium (4.9) have 3, shallowest (11.8) has 2. For
+    and 2 layers; shallow (12.0) and shallow-medium (4.9) have 3, shallowest (11.8) has 2. For
     --task text that of --start-from is taken."""
     attention: Literal["exact", "int8"] = "exact"
     """Arithmetic of the attention of --sight bidirectional; block_causal is exact always."""
