@@ -102,6 +102,25 @@ def residual_of(card: Mapping[str, Any], **options: Any) -> ResidualContext | No
     return ResidualContext(weighting=config["weighting"], source=config["source"], **options)
 
 
+def reference_of(card: Mapping[str, Any], place: Path | None = None) -> Path:
+    """Returns the folder of the model whose predictions start blocks with --init reference.
+
+    Args:
+        card: of the export of the model that answers.
+        place: where that folder is now; None: where it was in training.
+
+    Raises:
+        ValueError: no place, of a model that learned from its own predictions.
+    """
+    place = place or card["config"]["reference"]
+    if place is None:
+        raise ValueError(
+            "init='reference' needs the folder of a reference: the model was trained without one, "
+            "got reference=None"
+        )
+    return Path(place)
+
+
 def carry_out(sweep: Sweep, *, show_progress: bool = True) -> list[Point]:
     """Answers all problems with every model at every threshold, and writes the results.
 
@@ -136,7 +155,7 @@ def carry_out(sweep: Sweep, *, show_progress: bool = True) -> list[Point]:
                 residual = residual_of(card, temperature=sweep.temperature, init=sweep.init)
             reference = None
             if residual is not None and residual.init == "reference":
-                place = sweep.reference or Path(config["reference"])
+                place = reference_of(card, sweep.reference)
                 reference, _ = load_export(place, precision=sweep.precision)
             for threshold in sweep.thresholds:
                 decoder = make_decoder(config["sight"], config["block_length"], threshold, residual)

@@ -12,67 +12,32 @@ from train.options import WATCHING, Options
 from train.problem_data import TASKS, Layout
 from train.problems import MASK, Vocabulary
 
-_COMMON = {"vocabulary_size": Vocabulary.size, "mask_id": MASK, "qk_norm": True}
+
+def _preset(
+    num_layers: int, num_heads: int, ffn_dim: int, *, head_dim: int = 64, num_kv_heads: int = 0
+) -> DiffusionLMConfig:
+    return DiffusionLMConfig(
+        num_layers=num_layers,
+        width=num_heads * head_dim,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads or num_heads,
+        head_dim=head_dim,
+        ffn_dim=ffn_dim,
+        vocabulary_size=Vocabulary.size,
+        mask_id=MASK,
+        qk_norm=True,
+    )
+
 
 MODELS: Mapping[str, DiffusionLMConfig] = MappingProxyType(
     {
-        "tiny": DiffusionLMConfig(
-            num_layers=2, width=64, num_heads=4, num_kv_heads=2, head_dim=16, ffn_dim=128, **_COMMON
-        ),
-        "small": DiffusionLMConfig(
-            num_layers=4,
-            width=128,
-            num_heads=4,
-            num_kv_heads=4,
-            head_dim=32,
-            ffn_dim=384,
-            **_COMMON,
-        ),
-        "medium": DiffusionLMConfig(
-            num_layers=6,
-            width=256,
-            num_heads=4,
-            num_kv_heads=4,
-            head_dim=64,
-            ffn_dim=704,
-            **_COMMON,
-        ),
-        "shallow-medium": DiffusionLMConfig(
-            num_layers=3,
-            width=384,
-            num_heads=6,
-            num_kv_heads=6,
-            head_dim=64,
-            ffn_dim=896,
-            **_COMMON,
-        ),
-        "shallow": DiffusionLMConfig(
-            num_layers=3,
-            width=576,
-            num_heads=9,
-            num_kv_heads=9,
-            head_dim=64,
-            ffn_dim=1536,
-            **_COMMON,
-        ),
-        "shallowest": DiffusionLMConfig(
-            num_layers=2,
-            width=704,
-            num_heads=11,
-            num_kv_heads=11,
-            head_dim=64,
-            ffn_dim=1856,
-            **_COMMON,
-        ),
-        "base": DiffusionLMConfig(
-            num_layers=6,
-            width=384,
-            num_heads=6,
-            num_kv_heads=6,
-            head_dim=64,
-            ffn_dim=1024,
-            **_COMMON,
-        ),
+        "tiny": _preset(2, 4, 128, head_dim=16, num_kv_heads=2),
+        "small": _preset(4, 4, 384, head_dim=32),
+        "medium": _preset(6, 4, 704),
+        "shallow-medium": _preset(3, 6, 896),
+        "shallow": _preset(3, 9, 1536),
+        "shallowest": _preset(2, 11, 1856),
+        "base": _preset(6, 6, 1024),
     }
 )
 """Models for problems: tiny, small, medium and base of 0.1, 0.9, 4.8 and 10.6 million parameters.
@@ -139,7 +104,8 @@ class Config(Options):
     average: Literal["row", "token"] = "token"
     """Average of the loss: within rows first (LLaDA), or over all tokens (SDAR, BD3-LM)."""
     reference: Path | None = None
-    """Export of the frozen model whose predictions are fed back (RCD); None: a standard model."""
+    """Export of the frozen model whose predictions are fed back (RCD); None: a standard model,
+    unless own_passes feeds back its own."""
     own_passes: int = 0
     """Feed back what the model itself predicts, in up to so many passes before the one that
     learns, instead of a reference; 0: it does not."""

@@ -5,7 +5,8 @@ masked token counts 1/q, which makes the sum a bound of the likelihood (LLaDA, a
 equation 3). Models that see blocks get [noisy ; clean] (`jaxgen.layers.block_diffusion_attention`).
 
 With `residual`, inputs at masked positions are mixed with what a frozen reference model predicts
-there (RCD, arXiv:2601.22954, algorithm 1): one plain pass of that model, no unrolling.
+there (RCD, arXiv:2601.22954, algorithm 1): one plain pass of that model, no unrolling. With
+`own_passes` it is what the model itself predicts, without a gradient.
 """
 
 import dataclasses
@@ -40,7 +41,7 @@ class MaskedDiffusion:
         average: "row" divides the loss of a row by its tokens, then averages over rows (LLaDA);
             "token" divides that of all rows by all tokens (SDAR, BD3-LM). Tokens are those that
             may be masked, masked or not.
-        residual: how a reference model's predictions are mixed in (RCD); None: they are not.
+        residual: how predictions are mixed into the inputs (RCD); None: they are not.
         stop_vector: no gradient to the table of embeddings through the vector of the residual.
             The paper's algorithm shows no such stop, which is the default.
         cold_share: share of the rows that are fed back nothing, as is the first step of a block
@@ -51,8 +52,9 @@ class MaskedDiffusion:
             back the model's own predictions, too; self-conditioning (arXiv:2208.04202) learns with
             one pass. Rows begin with any of them, equally often.
         stale_share: up to this share of the known tokens of a row, drawn evenly for each row, are
-            masked for the first of these passes. When answers are decoded, what is fed back was
-            predicted before the last tokens were settled; the paper's reference knows them (0).
+            masked for the first of these passes, and fewer for each later one. When answers are
+            decoded, what is fed back was predicted before the last tokens were settled; the paper's
+            reference knows them (0).
         chunk: positions whose logits are computed at a time.
 
     Raises:
@@ -249,17 +251,17 @@ def _fed_back(
 
 
 def _predicted(
-    known: Array, model: DiffusionLM, reference: DiffusionLM, training: MaskedDiffusion
+    states: Array, model: DiffusionLM, predictor: DiffusionLM, training: MaskedDiffusion
 ) -> Residual:
-    """The residual of each position, from the reference's states before its head."""
+    """The residual of each position, from the predictor's states before its head."""
     settings, table = training.residual, model.input_table()
     assert settings is not None
     if training.stop_vector:
         table = jax.lax.stop_gradient(table)
 
-    def part(known: Array) -> Residual:
-        logits = jax.lax.stop_gradient(reference.logits(known))
+    def part(states: Array) -> Residual:
+        logits = jax.lax.stop_gradient(predictor.logits(states))
         return settings.residual(logits, table, model.config.mask_id)
 
     # Probabilities are computed again in the backward pass rather than kept.
-    return over_chunks(jax.checkpoint(part), training.chunk, known)
+    return over_chunks(jax.checkpoint(part), training.chunk, states)

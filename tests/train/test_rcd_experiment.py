@@ -233,4 +233,10 @@ def test_models_are_fed_back_what_they_learned_with():
     card = {"config": {"reference": None, "weighting": "one", "source": "top1"}}
     assert decoding_sweep.residual_of(card) is None  # a card older than own_passes
     card["config"]["own_passes"] = 2
+    with pytest.raises(ValueError, match="needs the folder of a reference: the model was trained"):
+        decoding_sweep.reference_of(card)
+    assert decoding_sweep.reference_of(card, Path("now")) == Path("now")
+    trained = {"config": {"reference": "then"}}
+    assert decoding_sweep.reference_of(trained) == Path("then")
+    assert decoding_sweep.reference_of(trained, Path("now")) == Path("now")
     assert decoding_sweep.residual_of(card) == ResidualContext(weighting="one", source="top1")
