@@ -109,6 +109,9 @@ class Config(Options):
     own_passes: int = 0
     """Feed back what the model itself predicts, in up to so many passes before the one that
     learns, instead of a reference; 0: it does not."""
+    learn_every_pass: bool = False
+    """Those passes learn, too: the loss is the mean over all, and a step costs as much as
+    own_passes + 1 of a standard model."""
     weighting: Literal[
         "entropy", "confidence", "fixed", "one", "one_minus_entropy", "one_minus_confidence"
     ] = "entropy"
@@ -258,6 +261,7 @@ class Config(Options):
             residual=residual,
             stop_vector=self.stop_vector,
             own_passes=self.own_passes,
+            learn_every_pass=self.learn_every_pass,
             cold_share=self.cold_share,
             stale_share=self.stale_share,
         )
@@ -267,6 +271,7 @@ _FED_BACK = {
     "weighting": "entropy",
     "source": "full",
     "stop_vector": False,
+    "learn_every_pass": False,
     "cold_share": 0.0,
     "stale_share": 0.0,
 }

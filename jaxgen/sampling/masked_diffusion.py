@@ -6,12 +6,12 @@ equation 3). Models that see blocks get [noisy ; clean] (`jaxgen.layers.block_di
 
 With `residual`, inputs at masked positions are mixed with what a frozen reference model predicts
 there (RCD, arXiv:2601.22954, algorithm 1): one plain pass of that model, no unrolling. With
-`own_passes` it is what the model itself predicts, without a gradient.
+`own_passes` it is what the model itself predicts, without a gradient; with `learn_every_pass`
+those passes have a loss, too.
 """
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -51,6 +51,10 @@ class MaskedDiffusion:
             passes one after the other; 0 is the paper's, what a reference predicts. Decoding feeds
             back the model's own predictions, too; self-conditioning (arXiv:2208.04202) learns with
             one pass. Rows begin with any of them, equally often.
+        learn_every_pass: the loss is the mean over those passes and the last one, where the last
+            one alone is the paper's. Every row takes all passes then, so that it learns to start
+            from nothing as much as to go on. A step costs as much as `own_passes` + 1 of a
+            standard model.
         stale_share: up to this share of the known tokens of a row, drawn evenly for each row, are
             masked for the first of these passes, and fewer for each later one. When answers are
             decoded, what is fed back was predicted before the last tokens were settled; the paper's
@@ -68,6 +72,7 @@ class MaskedDiffusion:
     residual: ResidualContext | None = None
     stop_vector: bool = False
     own_passes: int = 0
+    learn_every_pass: bool = False
     cold_share: float = 0.0
     stale_share: float = 0.0
     chunk: int = 2048
@@ -87,6 +92,8 @@ class MaskedDiffusion:
             raise ValueError(
                 f"own_passes={passes} decides whose predictions are fed back, got residual=None"
             )
+        if self.learn_every_pass and not self.own_passes:
+            raise ValueError("learn_every_pass=True needs own_passes of at least 1, got 0")
         if self.residual is not None and self.residual.table != "exact":
             raise ValueError(
                 f"training reads the exact table, got residual.table={self.residual.table!r}"
@@ -183,28 +190,42 @@ def diffusion_lm_loss(
     mask_id, length = model.config.mask_id, tokens.shape[1]
     block_length = training.block_length if training.rate_per_block else None
     noised = mask_tokens(key, tokens, maskable, mask_id, block_length=block_length)
-    ids = noised.tokens
     options: dict[str, Any] = {}
     if training.sight == "block_causal":
-        ids = jnp.concatenate([ids, tokens.astype(ids.dtype)], axis=1)
         attend = functools.partial(block_diffusion_attention, block_length=training.block_length)
         options = {"positions": jnp.tile(jnp.arange(length), 2)[None], "attend": attend}
     elif lengths is not None:
         options = {"mask": (jnp.arange(length)[None] < lengths[:, None])[:, None]}
-    residual = None
-    if training.residual is not None:
-        predictor = model if reference is None else reference
-        residual = _fed_back(key, model, predictor, ids, maskable, noised.masked, training, options)
-    inputs = _inputs(model, ids, noised.masked, residual)
-    hidden = model.hidden(inputs, **options)[:, :length]
-    weights = noised.masked.astype(jnp.float32) / noised.rate
-    learned = maskable.astype(jnp.float32)
-    if training.average == "row":
-        weights /= jnp.maximum(learned.sum(axis=1, keepdims=True), 1.0) * len(tokens)
-    else:
-        weights /= jnp.maximum(learned.sum(), 1.0)
-    table, axis = model.output_table()
-    return weighted_cross_entropy(hidden, table, tokens, weights, axis=axis, chunk=training.chunk)
+
+    def states(predictor: DiffusionLM, noised: Noised, residual: Residual | None) -> Array:
+        ids = noised.tokens
+        if training.sight == "block_causal":
+            ids = jnp.concatenate([ids, tokens.astype(ids.dtype)], axis=1)
+        inputs = _inputs(model, ids, noised.masked, residual)
+        return predictor.hidden(inputs, **options)[:, :length]
+
+    def loss(states: Array, noised: Noised) -> Float[Array, ""]:
+        weights = noised.masked.astype(jnp.float32) / noised.rate
+        learned = maskable.astype(jnp.float32)
+        if training.average == "row":
+            weights /= jnp.maximum(learned.sum(axis=1, keepdims=True), 1.0) * len(tokens)
+        else:
+            weights /= jnp.maximum(learned.sum(), 1.0)
+        table, axis = model.output_table()
+        return weighted_cross_entropy(
+            states, table, tokens, weights, axis=axis, chunk=training.chunk
+        )
+
+    residual, losses = None, []
+    predictor = model if reference is None else reference
+    for earlier, warm in _earlier_passes(key, noised, maskable, mask_id, training):
+        predicting = states(predictor, earlier, residual)
+        if training.learn_every_pass:
+            losses.append(loss(predicting, earlier))
+        residual = _predicted(jax.lax.stop_gradient(predicting), model, predictor, training)
+        residual = residual._replace(weight=jnp.where(warm, residual.weight, 0.0))
+    losses.append(loss(states(model, noised, residual), noised))
+    return sum(losses[1:], losses[0]) / len(losses)
 
 
 def _inputs(model: DiffusionLM, ids: Array, masked: Array, residual: Residual | None) -> Array:
@@ -216,38 +237,32 @@ def _inputs(model: DiffusionLM, ids: Array, masked: Array, residual: Residual | 
     return embeddings.at[:, :length].set(mixed)
 
 
-def _fed_back(
-    key: PRNGKeyArray,
-    model: DiffusionLM,
-    predictor: DiffusionLM,
-    ids: Array,
-    maskable: Array,
-    masked: Array,
-    training: MaskedDiffusion,
-    options: Mapping[str, Any],
-) -> Residual:
-    """What earlier passes predict, each of which knows some tokens less than the one after it.
+def _earlier_passes(
+    key: PRNGKeyArray, noised: Noised, maskable: Array, mask_id: int, training: MaskedDiffusion
+) -> list[tuple[Noised, Bool[Array, "batch 1"]]]:
+    """What the passes whose predictions are fed back see, and which rows are fed them back.
 
-    Of the rows that are not cold, equally many begin with the first pass, the second, and so on.
+    Each knows some tokens less than the one after it. If the last pass alone learns, equally many
+    of the rows that are not cold begin with the first pass, the second, and so on.
     """
-    rows, length = masked.shape
-    mask_id, passes = model.config.mask_id, max(training.own_passes, 1)
+    if training.residual is None:
+        return []
+    rows, passes = len(noised.masked), max(training.own_passes, 1)
     cold_key, stale_key = (jax.random.fold_in(key, number) for number in (1, 2))
     share_key, token_key = jax.random.split(stale_key)
     share = training.stale_share * jax.random.uniform(share_key, (rows, 1))
-    settled_at = jax.random.uniform(token_key, masked.shape)
+    settled_at = jax.random.uniform(token_key, noised.masked.shape)
     start = jax.random.uniform(cold_key, (rows, 1))
-    residual = None
+    earlier = []
     for later in reversed(range(passes)):
-        unknown = maskable & (settled_at < share * ((later + 1) / passes))
-        earlier = ids.at[:, :length].set(jnp.where(unknown, mask_id, ids[:, :length]))
-        inputs = _inputs(model, earlier, masked | unknown, residual)
-        states = predictor.hidden(inputs, **options)[:, :length]
-        residual = _predicted(jax.lax.stop_gradient(states), model, predictor, training)
-        warm = start >= training.cold_share + (1 - training.cold_share) * later / passes
-        residual = residual._replace(weight=jnp.where(warm, residual.weight, 0.0))
-    assert residual is not None
-    return residual
+        hidden = share * ((later + 1) / passes)
+        unknown = maskable & (settled_at < hidden)
+        tokens = jnp.where(unknown, mask_id, noised.tokens)
+        rate = 1.0 - (1.0 - noised.rate) * (1.0 - hidden)
+        skipped = 0.0 if training.learn_every_pass else later / passes
+        warm = start >= training.cold_share + (1 - training.cold_share) * skipped
+        earlier.append((Noised(tokens, noised.masked | unknown, rate), warm))
+    return earlier
 
 
 def _predicted(

@@ -281,6 +281,7 @@ def test_main_exits_with_the_signal(monkeypatch, first):
         ({"block_length": 0}, "block_length must be a positive int, got block_length=0"),
         ({"weighting": "fixed", "stop_vector": True}, "weighting and stop_vector decide what is"),
         ({"cold_share": 0.5}, "cold_share decide what is fed back, got reference=None and own_"),
+        ({"learn_every_pass": True}, "learn_every_pass decide what is fed back"),
         ({"stale_share": 0.5}, "stale_share decide what is fed back"),
         ({"own_passes": 1, "reference": Path("a")}, "own_passes=1 takes no reference, got refer"),
         ({"stale_share": -1.0}, "stale_share must be from 0 to 1, got stale_share=-1.0"),

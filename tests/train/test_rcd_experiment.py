@@ -118,15 +118,23 @@ def test_methods_differ_in_what_their_names_say(tmp_path):
     export = tmp_path / "first-1" / "export"
     assert {run.start_from for run in runs.values()} == {export}
     assert [m for m, run in runs.items() if run.reference is None] == [
-        "seqd", "rcd-own", "rcd-own-2", "rcd-own-one",
+        "seqd", "seqd-double", "rcd-own", "rcd-own-2", "rcd-own-one",
+        "rcd-every", "rcd-every-one", "rcd-every-one-2",
     ]  # fmt: skip
     own = {method: runs[method].training() for method in METHODS if method in runs}
-    assert [m for m in own if own[m].own_passes == 1] == ["rcd-own", "rcd-own-one"]
-    assert [m for m in own if own[m].own_passes == 2] == ["rcd-own-2"]
-    assert own["rcd-own-one"].residual.weighting == "one"
-    assert {own[m].cold_share for m in own if own[m].own_passes} == {0.25}
-    assert {own[m].stale_share for m in own if own[m].own_passes} == {1.0}
-    assert [m for m, run in runs.items() if not run.feeds_back] == ["seqd"]
+    every = [m for m in own if own[m].learn_every_pass]
+    assert every == ["rcd-every", "rcd-every-one", "rcd-every-one-2"]
+    assert {own[m].cold_share for m in every} == {0.0}
+    last_alone = [m for m in own if own[m].own_passes and m not in every]
+    assert last_alone == ["rcd-own", "rcd-own-2", "rcd-own-one"]
+    assert {own[m].cold_share for m in last_alone} == {0.25}
+    assert {own[m].stale_share for m in every + last_alone} == {1.0}
+    assert [m for m in own if own[m].own_passes == 2] == ["rcd-own-2", "rcd-every-one-2"]
+    assert [m for m in every + last_alone if own[m].residual.weighting == "one"] == [
+        "rcd-every-one", "rcd-every-one-2", "rcd-own-one",
+    ]  # fmt: skip
+    assert [m for m, run in runs.items() if not run.feeds_back] == ["seqd", "seqd-double"]
+    assert runs["seqd-double"].batch_size == 2 * runs["seqd"].batch_size
     assert runs["rcd"].training().residual.weighting == "entropy"
     assert runs["rcd-fixed"].training().residual.weighting == "fixed"
     assert runs["rcd-one"].training().residual.weighting == "one"
@@ -137,7 +145,7 @@ def test_methods_differ_in_what_their_names_say(tmp_path):
         tuple((name, value) for name, value in vars(run).items() if name not in left_out)
         for run in runs.values()
     }
-    assert len(same) == 10  # rcd and seqd differ in nothing else
+    assert len(same) == 14  # rcd and seqd differ in nothing else
 
 
 def _points(*pairs):

@@ -42,10 +42,12 @@ from train.metrics import mean_and_deviation
 from train.run_folder import claim
 
 _AS_DECODED = {"cold_share": 0.25, "stale_share": 1.0}
+_EVERY_PASS = {"learn_every_pass": True, "stale_share": 1.0}
 
 METHODS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "seqd": {},
+        "seqd-double": {"batches": 2},
         "rcd": {"reference": True},
         "rcd-warm": {"of": "rcd", "init": "reference"},
         "rcd-cold": {"reference": True, "cold_share": 0.5},
@@ -53,13 +55,17 @@ METHODS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "rcd-own": {"own_passes": 1, **_AS_DECODED},
         "rcd-own-2": {"own_passes": 2, **_AS_DECODED},
         "rcd-own-one": {"own_passes": 1, "weighting": "one", **_AS_DECODED},
+        "rcd-every": {"own_passes": 1, **_EVERY_PASS},
+        "rcd-every-one": {"own_passes": 1, "weighting": "one", **_EVERY_PASS},
+        "rcd-every-one-2": {"own_passes": 2, "weighting": "one", **_EVERY_PASS},
         "rcd-fixed": {"reference": True, "weighting": "fixed"},
         "rcd-one": {"reference": True, "weighting": "one"},
         "rcd-top1": {"reference": True, "source": "top1"},
         "rcd-stop-vector": {"reference": True, "stop_vector": True},
     }
 )
-"""Options of the second training by method; `reference`: the first model is one.
+"""Options of the second training by method; `reference`: the first model is one; `batches`: so
+many times the problems of a step.
 
 "rcd" learns with residuals alone and starts blocks from nothing, as the paper's SDAR does.
 "rcd-warm" is the same model (`of`) whose blocks start from the reference's predictions, as the
@@ -67,6 +73,8 @@ paper's LLaDA does; that pass counts as a step. "rcd-cold" learns to start from 
 "rcd-stale" furthermore to be fed back what was predicted before the last tokens were known;
 "rcd-own" is fed back its own such predictions, where the others are fed the first model's,
 "rcd-own-2" those of two passes, and "rcd-own-one" nothing but them, without the mask's embedding.
+Of "rcd-every" all passes learn, the first, cold one as well: its steps cost two of SeqD's (three of
+"rcd-every-one-2"), and "seqd-double", with batches twice as large, costs as much and sees more.
 """
 
 
@@ -85,7 +93,8 @@ class Experiment:
     methods: tuple[str, ...] = ("seqd", "rcd")
     """Methods to compare: seqd, rcd, rcd-warm (from the reference's predictions), rcd-cold (learns
     to start from nothing), rcd-stale (and from older predictions), rcd-own (its own ones),
-    rcd-own-2 (after two passes), rcd-own-one (with weight 1), and the ablations rcd-fixed,
+    rcd-own-2 (after two passes), rcd-own-one (with weight 1), rcd-every, rcd-every-one and
+    rcd-every-one-2 (all passes learn), seqd-double (larger batches), and the ablations rcd-fixed,
     rcd-one, rcd-top1, rcd-stop-vector."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of initialization, order and masks."""
@@ -126,6 +135,7 @@ class Experiment:
             options["reference"] = export
         return dataclasses.replace(
             self.first,
+            batch_size=self.first.batch_size * options.pop("batches", 1),
             output=self.output / f"{method}-{seed}",
             seed=seed,
             start_from=export,

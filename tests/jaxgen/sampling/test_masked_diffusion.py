@@ -16,6 +16,7 @@ from jaxgen.sampling import (
     ResidualContext,
     diffusion_lm_loss,
     mask_tokens,
+    masked_diffusion,
 )
 
 MASK = 12
@@ -223,6 +224,57 @@ def test_its_own_residual_is_that_of_a_frozen_copy(models, sight):
     jax.tree.map(np.testing.assert_array_equal, own_gradient, gradient)
 
 
+@pytest.mark.parametrize("sight", ["bidirectional", "block_causal"])
+def test_every_pass_can_learn(models, sight):
+    model, _ = models
+    own = MaskedDiffusion(
+        sight=sight, block_length=4, residual=ResidualContext(), own_passes=1, stale_share=0.0
+    )
+    first, first_gradient = loss_of(model, dataclasses.replace(own, own_passes=0, residual=None))
+    last, last_gradient = loss_of(model, own)
+    loss, gradient = loss_of(model, dataclasses.replace(own, learn_every_pass=True))
+    assert abs(first - last) > 1e-3
+    np.testing.assert_allclose(loss, (first + last) / 2, rtol=1e-6)
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, first_gradient, last_gradient)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), gradient, mean
+    )
+
+
+def test_what_an_earlier_pass_learns_counts_by_the_rate_of_its_masks(models, monkeypatch):
+    model, _ = models
+    training = MaskedDiffusion(
+        sight="bidirectional",
+        average="row",
+        residual=ResidualContext(),
+        own_passes=2,
+        learn_every_pass=True,
+        stale_share=1.0,
+    )
+    seen = []
+    monkeypatch.setattr(
+        DiffusionLM, "hidden", lambda self, x, **_: jnp.zeros((*x.shape[:2], self.config.width))
+    )
+
+    def watch(states, table, tokens, weights, **_):
+        seen.append(np.asarray(weights))
+        return jnp.float32(len(seen))
+
+    monkeypatch.setattr(masked_diffusion, "weighted_cross_entropy", watch)
+    totals = []
+    for seed in range(300):
+        seen.clear()
+        key = jax.random.key(seed)
+        loss = diffusion_lm_loss(key, model, TOKENS, MASKABLE, training)
+        assert loss == pytest.approx(2.0)  # the mean of 1, 2 and 3
+        masked = [weights > 0 for weights in seen]
+        assert not (masked[1] & ~masked[0]).any()  # each pass knows some tokens more
+        assert not (masked[2] & ~masked[1]).any()
+        totals.append([weights.sum() for weights in seen])
+    # A token counts 1 on the average, in each pass; rows of 1 add up to 1.
+    np.testing.assert_allclose(np.mean(totals, axis=0), 1.0, atol=0.1)
+
+
 def test_own_passes_follow_one_another(models, monkeypatch):
     model, _ = models
     training = MaskedDiffusion(
@@ -323,6 +375,7 @@ def test_refuses_what_does_not_fit_the_model(models):
     ("options", "message"),
     [
         ({"sight": "causal"}, "sight must be one of block_causal, bidirectional, got 'causal'"),
+        ({"learn_every_pass": True}, "learn_every_pass=True needs own_passes of at least 1, got 0"),
         ({"own_passes": 1}, "own_passes=1 decides whose predictions are fed back, got residual=No"),
         ({"own_passes": -1}, "own_passes must be an int of at least 0, got -1"),
         ({"stale_share": 2.0}, "stale_share must be from 0 to 1, got 2.0"),
