@@ -1,18 +1,16 @@
-"""The experiment of RCD against its baseline: tiny models through everything, and its table."""
+"""The experiment of RCD against its baseline: tiny models through everything."""
 
 import dataclasses
 import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tyro
 
 from jaxgen.sampling import ResidualContext
 from train import decoding_sweep
-from train.configs.rcd_experiment import METHODS, Experiment, carry_out, table
-from train.decoding_sweep import accuracy_at
+from train.configs.rcd_experiment import METHODS, Experiment, carry_out
 from train.diffusion_lm_config import Config
 from train.run_folder import ConfigChangedError
 from train.state import take_apart
@@ -146,48 +144,6 @@ def test_methods_differ_in_what_their_names_say(tmp_path):
         for run in runs.values()
     }
     assert len(same) == 14  # rcd and seqd differ in nothing else
-
-
-def _points(*pairs):
-    thresholds = (0.5, 0.9)
-    return [
-        {"steps": steps, "accuracy": accuracy, "threshold": threshold}
-        for (steps, accuracy), threshold in zip(pairs, thresholds, strict=True)
-    ]
-
-
-def test_the_table_compares_seeds_one_by_one():
-    found = {
-        "seqd-0": _points((10, 0.5), (20, 0.8)),
-        "rcd-0": _points((5, 0.7), (15, 0.9)),
-        "seqd-1": _points((10, 0.6), (20, 0.8)),
-        "rcd-1": _points((5, 0.6), (15, 1.0)),
-    }
-    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table(found).splitlines()]
-    assert rows[2][0] == "seqd"
-    assert rows[2][2] == "80.0 ± 0.0 %"
-    rcd = rows[3]
-    assert rcd[0] == "rcd"
-    assert rcd[2].startswith("95.0")
-    # At 20 steps 0.9 and 1.0 against 0.8; at 10 steps 0.8 against 0.5 and 0.6.
-    assert rcd[4] == f"+15.0 ± {np.std([10, 20], ddof=1):.1f}"
-    assert rcd[5] == f"+25.0 ± {np.std([30, 20], ddof=1):.1f}"
-    # 0.8 is reached at 10 steps, at 10 of 20 in both seeds.
-    assert rcd[6] == "0.50 ± 0.00"
-
-
-def test_the_table_has_no_number_where_there_is_none():
-    low, high = _points((10, 0.0), (20, 0.0))
-    found = {"seqd-0": [high | {"threshold": 1.0}], "rcd-0": [low, high]}
-    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table(found).splitlines()]
-    assert rows[3][4:] == ["", "", ""]  # swept at neither threshold, and nothing was reached
-
-
-def test_accuracy_at_steps_lies_between_the_points():
-    points = _points((10, 0.5), (20, 0.8))
-    assert accuracy_at(points, 15) == pytest.approx(0.65)
-    assert accuracy_at(points, 30) == pytest.approx(0.8)
-    assert accuracy_at(points, 5) is None
 
 
 def test_the_command_line_reaches_the_first_training():

@@ -26,19 +26,17 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxgen.checkpoints import parse_json_object, write_atomically
-from train import decoding_sweep, diffusion_lm
-from train.decoding_sweep import Point, Sweep, accuracy_at, steps_at
+from train import decoding_sweep, diffusion_lm, rcd_report
+from train.decoding_sweep import Point, Sweep
 from train.diffusion_lm_config import Config
-from train.metrics import mean_and_deviation
 from train.run_folder import claim
 
 _AS_DECODED = {"cold_share": 0.25, "stale_share": 1.0}
@@ -188,10 +186,9 @@ def carry_out(experiment: Experiment, *, show_progress: bool = True) -> dict[str
     experiment.output.mkdir(parents=True, exist_ok=True)
     text = json.dumps(found, indent=2) + "\n"
     write_atomically(experiment.output / "results.json", [text.encode()])
-    write_atomically(experiment.output / "table.md", [table(found).encode()])
+    write_atomically(experiment.output / "table.md", [rcd_report.table(found).encode()])
     if found:
-        points = [point for points in found.values() for point in points]
-        decoding_sweep.draw(points, experiment.output / "curve.png")
+        rcd_report.draw({str(experiment.first.task): found}, experiment.output / "curve.png")
     return found
 
 
@@ -239,63 +236,6 @@ def _is_swept(sweep: Sweep) -> bool:
     return (swept, record.get("problems")) == (sweep.thresholds, sweep.problems)
 
 
-def table(found: Mapping[str, Sequence[Point]]) -> str:
-    """Return a Markdown table of means over seeds, with standard deviations between them.
-
-    The last columns compare with SeqD of the same seed: points of accuracy at the steps that SeqD
-    takes with thresholds of 0.5 and 0.9, if it was swept there, and the share of the steps of
-    SeqD's best accuracy that the method needs to reach it.
-    """
-    lines = [
-        "| method | seeds | best accuracy | at steps | over SeqD at its steps, 0.9 "
-        "| at its steps, 0.5 | share of its steps |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for method in METHODS:
-        rows = [row for name, points in found.items() if (row := _row(name, method, points, found))]
-        if not rows:
-            continue
-        best, steps, strict, loose, share = zip(*rows, strict=True)
-        cells = [
-            method,
-            str(len(rows)),
-            mean_and_deviation(100 * np.array(best), "{:.1f}", " %"),
-            mean_and_deviation(np.array(steps), "{:.1f}"),
-            mean_and_deviation(_known(strict), "{:+.1f}"),
-            mean_and_deviation(_known(loose), "{:+.1f}"),
-            mean_and_deviation(_known(share), "{:.2f}"),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _row(
-    name: str, method: str, points: Sequence[Point], found: Mapping[str, Sequence[Point]]
-) -> tuple[float | None, ...] | None:
-    """Return the numbers of one run; None if it is of another method."""
-    run_method, _, seed = name.rpartition("-")
-    if run_method != method:
-        return None
-    best = max(points, key=lambda point: (point["accuracy"], -point["steps"]))
-    baseline = found.get(f"seqd-{seed}")
-    if baseline is None or method == "seqd":
-        return best["accuracy"], best["steps"], None, None, None
-    gains = []
-    for threshold in (0.9, 0.5):
-        theirs = next((point for point in baseline if point["threshold"] == threshold), None)
-        ours = None if theirs is None else accuracy_at(points, theirs["steps"])
-        gain = None if theirs is None or ours is None else 100 * (ours - theirs["accuracy"])
-        gains.append(gain)
-    top = max(baseline, key=lambda point: (point["accuracy"], -point["steps"]))
-    needed = steps_at(points, top["accuracy"]) if top["accuracy"] else None
-    share = None if needed is None else needed / top["steps"]
-    return best["accuracy"], best["steps"], *gains, share
-
-
-def _known(values: Sequence[float | None]) -> np.ndarray:
-    return np.array([value for value in values if value is not None])
-
-
 def main() -> None:
     """Take the options, carry out the experiment, print the table."""
     import tyro
@@ -303,7 +243,7 @@ def main() -> None:
     experiment = tyro.cli(Experiment, prog="python -m train.configs.rcd_experiment")
     # Runs that differ in their seed share compiled programs.
     jax.config.update("jax_compilation_cache_dir", str(experiment.output / "compiled"))
-    print(table(carry_out(experiment)))
+    print(rcd_report.table(carry_out(experiment)))
 
 
 if __name__ == "__main__":
