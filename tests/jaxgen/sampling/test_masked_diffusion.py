@@ -36,6 +36,14 @@ MASKABLE = jnp.arange(10)[None] >= jnp.array([4, 0, 7])[:, None]
 KEY = jax.random.key(5)
 
 
+def over_seeds(count, run):
+    """What `run` returns for the keys of so many seeds, in one compiled program."""
+    keys = jax.vmap(jax.random.key)(jnp.arange(count))
+    results = jax.jit(lambda keys: jax.lax.map(run, keys))(keys)
+    return [jax.tree.map(lambda leaf, seed=seed: np.asarray(leaf[seed]), results)
+            for seed in range(count)]  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def models():
     model = DiffusionLM(CONFIG, rngs=nnx.Rngs(1))
@@ -173,16 +181,18 @@ def test_the_reference_does_not_know_what_was_settled_last(models, sight, monkey
     seen = {}
 
     def watch(self, inputs, *args, **options):
-        seen[inputs.ndim] = np.asarray(inputs)  # ids of the reference, embeddings of the model
+        seen[inputs.ndim] = inputs  # ids of the reference, embeddings of the model
         return jnp.zeros((*inputs.shape[:2], self.config.width))
 
     monkeypatch.setattr(DiffusionLM, "hidden", watch)
-    earlier, unmasked = [], []
-    for seed in range(40):
-        key = jax.random.key(seed)
-        noised = mask_tokens(key, TOKENS, MASKABLE, MASK)
+
+    def run(key):
         diffusion_lm_loss(key, model, TOKENS, MASKABLE, stale, reference=reference)
-        ids = seen[2]
+        return mask_tokens(key, TOKENS, MASKABLE, MASK), dict(seen)
+
+    earlier, unmasked = [], []
+    for noised, inputs in over_seeds(40, run):
+        ids = inputs[2]
         if sight == "block_causal":
             np.testing.assert_array_equal(ids[:, 10:], TOKENS)
         ids, known = ids[:, :10], np.asarray(MASKABLE & ~noised.masked)
@@ -191,7 +201,7 @@ def test_the_reference_does_not_know_what_was_settled_last(models, sight, monkey
         # The model itself sees every token that is known.
         table = np.asarray(model.embedding.embedding[...])
         plain = ~np.asarray(noised.masked)
-        np.testing.assert_array_equal(seen[3][:, :10][plain], table[np.asarray(TOKENS)[plain]])
+        np.testing.assert_array_equal(inputs[3][:, :10][plain], table[np.asarray(TOKENS)[plain]])
         unmasked.append(known.sum())
         earlier.append((ids == MASK)[known].sum())
     assert sum(earlier) / sum(unmasked) == pytest.approx(0.4, abs=0.1)  # half of 0.8
@@ -257,20 +267,22 @@ def test_what_an_earlier_pass_learns_counts_by_the_rate_of_its_masks(models, mon
     )
 
     def watch(states, table, tokens, weights, **_):
-        seen.append(np.asarray(weights))
+        seen.append(weights)
         return jnp.float32(len(seen))
 
     monkeypatch.setattr(masked_diffusion, "weighted_cross_entropy", watch)
-    totals = []
-    for seed in range(300):
+
+    def run(key):
         seen.clear()
-        key = jax.random.key(seed)
-        loss = diffusion_lm_loss(key, model, TOKENS, MASKABLE, training)
+        return diffusion_lm_loss(key, model, TOKENS, MASKABLE, training), list(seen)
+
+    totals = []
+    for loss, every in over_seeds(300, run):
         assert loss == pytest.approx(2.0)  # the mean of 1, 2 and 3
-        masked = [weights > 0 for weights in seen]
+        masked = [weights > 0 for weights in every]
         assert not (masked[1] & ~masked[0]).any()  # each pass knows some tokens more
         assert not (masked[2] & ~masked[1]).any()
-        totals.append([weights.sum() for weights in seen])
+        totals.append([weights.sum() for weights in every])
     # A token counts 1 on the average, in each pass; rows of 1 add up to 1.
     np.testing.assert_allclose(np.mean(totals, axis=0), 1.0, atol=0.1)
 
@@ -291,17 +303,19 @@ def test_own_passes_follow_one_another(models, monkeypatch):
         return jnp.tanh(model.embed(inputs) if inputs.ndim == 2 else inputs)
 
     def watch(self, inputs, *args, **options):
-        seen.append(np.asarray(inputs, np.float64))
+        seen.append(inputs)
         return states(inputs)
 
     monkeypatch.setattr(DiffusionLM, "hidden", watch)
-    depths, hidden_shares = [], []
-    for seed in range(30):
-        key = jax.random.key(seed)
-        masked = np.asarray(mask_tokens(key, TOKENS, MASKABLE, MASK).masked)
+
+    def run(key):
         seen.clear()
         diffusion_lm_loss(key, model, TOKENS, MASKABLE, training)
-        first, *later = seen
+        return mask_tokens(key, TOKENS, MASKABLE, MASK).masked, list(seen)
+
+    depths, hidden_shares = [], []
+    for masked, (first, *later) in over_seeds(30, run):
+        later = [inputs.astype(np.float64) for inputs in later]
         unknown = [first == MASK, *((x != table[np.asarray(TOKENS)]).any(-1) for x in later)]
         # What a pass does not know, the passes before it did not know either.
         np.testing.assert_array_equal(unknown[2], masked)
