@@ -202,13 +202,15 @@ def _moved_on(setting: Setting, state: DecodingState, stored: Array) -> Decoding
 def _opened(
     setting: Setting, settings: ResidualContext, state: DecodingState, masked: Array
 ) -> tuple[Array, Residual]:
-    """The passes with this one, and its residual: `init` where a block begins."""
+    """The passes with this one, and its residual: `init` where a block begins, or starts again."""
     model, passes, residual = setting.model, state.passes + 1, state.residual
     assert residual is not None
+    first = state.step % settings.restart == 0 if settings.restart else state.step == 0
+    first &= ~state.done & masked.any(axis=1)
     if settings.init == "zero":
-        return passes, residual
+        weight = jnp.where(first[:, None], 0.0, residual.weight)
+        return passes, residual._replace(weight=weight)
     table, batch = setting.table, len(state.tokens)
-    first = (state.step == 0) & ~state.done & masked.any(axis=1)
 
     def begin() -> Residual:
         match settings.init:

@@ -83,6 +83,10 @@ class ResidualContext:
         init: the first step of a block, where there is no prediction yet: "zero", a plain step;
             "self", a plain pass of the model before it; "reference", a pass of another model;
             "dirichlet", a random prediction.
+        restart: after so many steps of a block, the next one begins as the first does (`init`); 0:
+            never, which is the paper's. A prediction that has been fed back time and again is
+            surer than it is right. With "zero", a model that learned from residuals of K passes
+            (`MaskedDiffusion.own_passes`; 1 of a reference) is at home with K + 1.
         table: decoding reads the whole table of embeddings once a step, which is most of what RCD
             costs. "int8" reads half as much, of a copy that is made when decoding starts; it
             changes a vector by a percent at most. Not for training.
@@ -101,6 +105,7 @@ class ResidualContext:
     temper_vector: bool = dataclasses.field(default=False, metadata={"static": True})
     skip_mask_token: bool = dataclasses.field(default=False, metadata={"static": True})
     init: Init = dataclasses.field(default="zero", metadata={"static": True})
+    restart: int = dataclasses.field(default=0, metadata={"static": True})
     table: TableName = dataclasses.field(default="exact", metadata={"static": True})
 
     def __post_init__(self):
@@ -112,6 +117,8 @@ class ResidualContext:
         for name in ("temperature", "concentration"):
             require_number(self, name, lambda x: 0 < x < math.inf, "positive and finite")
         require_number(self, "fixed_weight", lambda x: 0 <= x <= 1, "from 0 to 1")
+        if not isinstance(self.restart, int) or isinstance(self.restart, bool) or self.restart < 0:
+            raise ValueError(f"restart must be an int of at least 0, got {self.restart!r}")
 
     def residual(
         self,

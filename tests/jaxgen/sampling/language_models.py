@@ -209,17 +209,24 @@ def decode_by_hand(model, prompt, decoder, new_tokens, reference=None, first_res
     for start in range(begin // block * block if causal else begin, end, block):
         inside = (place >= start) & (place < start + block)
         total, step, kept = (masked & inside).sum(), 0, (None, None)
-        weight, vector = np.zeros(end), np.zeros((end, twin.table.shape[1]))
-        if context is not None and context.init in ("self", "reference"):
-            first = twin if context.init == "self" else plain(reference)
-            weight, vector = fed_back(context, predict(first, first.table[tokens])[0], twin.table)
-        elif first_residual is not None:
-            weight, vector = np.broadcast_to(first_residual[0], end), first_residual[1]
         while (masked & inside).any():
+            frozen = {"none": place < 0, "prefix": place < start, "dual": ~inside}[decoder.cache]
+            if step == 0 or (
+                context is not None and context.restart and step % context.restart == 0
+            ):
+                weight, vector = np.zeros(end), np.zeros((end, twin.table.shape[1]))
+                if context is not None and context.init == "self":
+                    logits = predict(twin, twin.table[tokens], kept, frozen)[0]
+                    weight, vector = fed_back(context, logits, twin.table)
+                elif context is not None and context.init == "reference":
+                    first = plain(reference)
+                    logits = predict(first, first.table[tokens])[0]
+                    weight, vector = fed_back(context, logits, twin.table)
+                elif first_residual is not None:
+                    weight, vector = np.broadcast_to(first_residual[0], end), first_residual[1]
             x = twin.table[tokens]
             mixed = (1 - weight)[:, None] * twin.table[MASK] + weight[:, None] * vector
             x = np.where((masked & inside)[:, None], mixed, x)
-            frozen = {"none": place < 0, "prefix": place < start, "dual": ~inside}[decoder.cache]
             logits, written = predict(twin, x, kept, frozen)
             kept = written if step == 0 else kept
             shares = softmax(logits)

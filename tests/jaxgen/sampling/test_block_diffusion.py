@@ -95,6 +95,19 @@ CASES = {
         16, ResidualContext(), unmasking=Unmasking(0.5, steps=4)
     ),
     "causal, blocks of one": causal(1, ResidualContext()),
+    "causal, restarts": causal(5, ResidualContext(restart=2), unmasking=Unmasking(0.5, steps=5)),
+    "causal, own restarts": causal(
+        5, ResidualContext(init="self", restart=3), unmasking=Unmasking(0.5, steps=5)
+    ),
+    "reference restarts": bidirectional(
+        16, ResidualContext(init="reference", restart=2), unmasking=Unmasking(0.5)
+    ),
+    "prefix, own restarts": bidirectional(
+        5, ResidualContext(init="self", restart=2), cache="prefix", unmasking=Unmasking(0.5)
+    ),
+    "dual, restarts": bidirectional(
+        5, ResidualContext(restart=2), cache="dual", unmasking=Unmasking(0.5)
+    ),
     "quota": bidirectional(unmasking=Unmasking(steps=3)),
     "residual": bidirectional(
         residual=ResidualContext(), unmasking=Unmasking(0.5, inclusive=True)
@@ -141,8 +154,12 @@ def passes_by_hand(decoder, answers):
     storing = decoder.sight == "block_causal"  # one pass for every block but the last
     starts = [np.cumsum([0, *row[:-1]]) + storing * np.arange(len(row)) for row in steps]
     ends = [start[-1] + row[-1] for start, row in zip(starts, steps, strict=True)]
-    before = decoder.residual is not None and decoder.residual.init in ("self", "reference")
-    return max(ends) + before * len(np.unique(np.concatenate(starts)))
+    context, before = decoder.residual, []
+    if context is not None and context.init in ("self", "reference"):
+        for row, begins in zip(steps, starts, strict=True):
+            for count, begin in zip(row, begins, strict=True):
+                before += range(begin, begin + count, context.restart or count)
+    return max(ends) + len(set(before))
 
 
 def compare(decoder, prompts, lengths=LENGTHS):
@@ -331,6 +348,21 @@ def test_a_narrow_table_feeds_back_nearly_the_same():
     vector = np.asarray(found["exact"].vector)
     error = np.linalg.norm(found["int8"].vector - vector) / np.linalg.norm(vector)
     assert 1e-5 < error < 0.02
+
+
+def test_a_restart_at_every_step_is_no_residual():
+    """And one after more steps than a block has is none."""
+    without, prompts = CASES["causal, threshold"], prompts_of(6)
+    found = {
+        restart: run(
+            dataclasses.replace(without, residual=ResidualContext(restart=restart)), prompts
+        )
+        for restart in (0, 1, 5)
+    }
+    plainly = run(without, prompts)
+    jax.tree.map(np.testing.assert_array_equal, found[1], plainly)
+    jax.tree.map(np.testing.assert_array_equal, found[5], found[0])
+    assert (found[0].tokens != plainly.tokens).any()
 
 
 def test_no_weight_is_no_residual():
