@@ -51,6 +51,8 @@ class Sweep:
     init: Init = "zero"
     """What is fed back at the first step of a block; reference: what the frozen model of the
     model's training predicts."""
+    restart: int = 0
+    """After so many steps of a block, what is fed back begins as at the first; 0: never."""
     reference: Path | None = None
     """Where that model is now, if not where it was; for --init reference."""
     without_residual: bool = False
@@ -71,9 +73,9 @@ class Sweep:
             raise ValueError(
                 f"reference={self.reference} needs init='reference', got {self.init!r}"
             )
-        for name in ("problems", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, least in {"problems": 1, "batch_size": 1, "restart": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
 
 def check_thresholds(thresholds: Sequence[float]) -> None:
@@ -152,7 +154,9 @@ def carry_out(sweep: Sweep, *, show_progress: bool = True) -> list[Point]:
             )
             residual = None
             if not sweep.without_residual:
-                residual = residual_of(card, temperature=sweep.temperature, init=sweep.init)
+                residual = residual_of(
+                    card, temperature=sweep.temperature, init=sweep.init, restart=sweep.restart
+                )
             reference = None
             if residual is not None and residual.init == "reference":
                 place = reference_of(card, sweep.reference)

@@ -107,6 +107,15 @@ def test_methods_differ_in_what_their_names_say(tmp_path):
     runs = {method: plan.run(method, 1) for method in METHODS}
     warm = runs.pop("rcd-warm")
     assert warm == runs["rcd"]
+    for method in [method for method in METHODS if method.endswith("-restart")]:
+        trained = method.removesuffix("-restart")
+        assert runs.pop(method) == runs[trained]
+        sweep = plan.sweep(method, 1)
+        assert sweep.models == (tmp_path / f"{trained}-1" / "export",)
+        assert sweep.output == tmp_path / f"{method}-1"
+        # The reference's residual is one pass deep, as that of one own pass.
+        assert sweep.restart == 1 + max(runs[trained].own_passes, 1)
+        assert plan.sweep(trained, 1).restart == 0
     assert [m for m in METHODS if plan.sweep(m, 1).init == "reference"] == ["rcd-warm"]
     assert plan.sweep("rcd-warm", 1).models == (tmp_path / "rcd-1" / "export",)
     assert plan.sweep("rcd-warm", 1).output == tmp_path / "rcd-warm-1"

@@ -56,6 +56,11 @@ METHODS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "rcd-every": {"own_passes": 1, **_EVERY_PASS},
         "rcd-every-one": {"own_passes": 1, "weighting": "one", **_EVERY_PASS},
         "rcd-every-one-2": {"own_passes": 2, "weighting": "one", **_EVERY_PASS},
+        "rcd-stale-restart": {"of": "rcd-stale", "restart": 2},
+        "rcd-own-one-restart": {"of": "rcd-own-one", "restart": 2},
+        "rcd-every-restart": {"of": "rcd-every", "restart": 2},
+        "rcd-every-one-restart": {"of": "rcd-every-one", "restart": 2},
+        "rcd-every-one-2-restart": {"of": "rcd-every-one-2", "restart": 3},
         "rcd-fixed": {"reference": True, "weighting": "fixed"},
         "rcd-one": {"reference": True, "weighting": "one"},
         "rcd-top1": {"reference": True, "source": "top1"},
@@ -73,6 +78,8 @@ paper's LLaDA does; that pass counts as a step. "rcd-cold" learns to start from 
 "rcd-own-2" those of two passes, and "rcd-own-one" nothing but them, without the mask's embedding.
 Of "rcd-every" all passes learn, the first, cold one as well: its steps cost two of SeqD's (three of
 "rcd-every-one-2"), and "seqd-double", with batches twice as large, costs as much and sees more.
+Those that end in "-restart" are the same models (`of`), decoded with `ResidualContext.restart`: as
+many steps with a residual follow one another as they learned from.
 """
 
 
@@ -92,8 +99,9 @@ class Experiment:
     """Methods to compare: seqd, rcd, rcd-warm (from the reference's predictions), rcd-cold (learns
     to start from nothing), rcd-stale (and from older predictions), rcd-own (its own ones),
     rcd-own-2 (after two passes), rcd-own-one (with weight 1), rcd-every, rcd-every-one and
-    rcd-every-one-2 (all passes learn), seqd-double (larger batches), and the ablations rcd-fixed,
-    rcd-one, rcd-top1, rcd-stop-vector."""
+    rcd-every-one-2 (all passes learn), five of these with -restart (decoded with restarts),
+    seqd-double (larger batches), and the ablations rcd-fixed, rcd-one, rcd-top1, rcd-stop-vector.
+    """
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of initialization, order and masks."""
     thresholds: tuple[float, ...] = decoding_sweep.THRESHOLDS
@@ -152,6 +160,7 @@ class Experiment:
             thresholds=self.thresholds,
             problems=self.problems,
             init=METHODS[method].get("init", "zero"),
+            restart=METHODS[method].get("restart", 0),
             precision=run.precision,
             workers=run.workers,
         )
