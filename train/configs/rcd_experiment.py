@@ -12,14 +12,20 @@ Command    python -m train.configs.rcd_experiment --output runs/rcd-arithmetic
            python -m train.configs.rcd_experiment --output runs/rcd-shallow
                --methods seqd rcd-stale rcd-own rcd-own-one --first.model shallow-medium
                --first.levels 3 4 5 --first.block-length 61 --first.steps 2500 --steps 2500
+           python -m train.configs.rcd_experiment --output runs/rcd-every
+               --methods seqd rcd-own-one rcd-every rcd-every-one rcd-every-one-2
+               --first.model shallow --first.levels 3 4 5 --first.block-length 61
+               --first.steps 4000 --steps 2500
            All resume when repeated; --time-limit cuts them into pieces, and --methods and --seeds
            into parts that may run at once into one folder, once the first models are there.
 Hardware   three H200, two runs on each; jax 0.11.2; 8 minutes for three seeds of both tasks; the
-           harder problems 18 and the shallow models 8 minutes on four
+           harder problems 18 and the shallow models 8 minutes on four; the last command, with
+           Sudoku, 16 minutes on two for two seeds, three runs on each
 Outcome    results/rcd_experiment.json, docs/residual_context.md: RCD as published, started from
            nothing, loses to SeqD by 34 to 50 points of arithmetic and 9 to 60 of Sudoku. rcd-stale
            and rcd-own lose 1 to 8 points with models of six layers at SeqD's steps of threshold
-           0.9, and win 5 to 24 with two or three; of Sudoku SeqD's best stays out of reach.
+           0.9, and win 5 to 24 with two or three; where every pass learns, 23 to 28 of arithmetic
+           (98.7 instead of 82.2 %, one seed). Of Sudoku SeqD's best stays out of reach.
 """
 
 import dataclasses
