@@ -197,7 +197,12 @@ def test_a_sweep_writes_points_a_table_and_a_picture(first, fed_back, tmp_path):
     assert (tmp_path / "sweep" / "curve.png").stat().st_size > 5000
     assert len((tmp_path / "sweep" / "table.md").read_text().splitlines()) == 6
     without = dataclasses.replace(sweep, without_residual=True, thresholds=(1.0,))
-    assert [point["rcd"] for point in carry_out(without, show_progress=False)] == [False, False]
+    without_residual = carry_out(without, show_progress=False)
+    assert [point["rcd"] for point in without_residual] == [False, False]
+    # A residual that begins anew at every step is none.
+    restart = dataclasses.replace(sweep, restart=1, thresholds=(1.0,))
+    unlike = {"rcd": False}
+    assert [p | unlike for p in carry_out(restart, show_progress=False)] == without_residual
 
 
 @pytest.mark.parametrize(
@@ -209,6 +214,7 @@ def test_a_sweep_writes_points_a_table_and_a_picture(first, fed_back, tmp_path):
         ({"problems": 0}, "problems must be at least 1, got 0"),
         ({"reference": Path("a")}, "reference=a needs init='reference', got 'zero'"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"restart": -1}, "restart must be at least 0, got -1"),
     ],
 )
 def test_refuses_sweeps(changes, message):
