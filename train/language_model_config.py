@@ -219,11 +219,6 @@ class Config(Options):
             raise ValueError("validation needs held_out above 0, or validate_every=0")
         if self.statistics_every and not self.held_out:
             raise ValueError("statistics need held_out above 0, or statistics_every=0")
-        if self.profile_steps and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
-            raise ValueError(
-                "profile_steps must be the first and the last of some steps from 1, got "
-                f"profile_steps={self.profile_steps}"
-            )
         if self.batch_size % self.accumulate:
             raise ValueError(
                 "accumulate must divide batch_size, got "
@@ -262,7 +257,6 @@ _SMALLEST = {
     "time_limit": 0,
     "skips_in_a_row": 1,
     "spike_factor": 0,
-    "hung_after": 1,
     "save_every": 1,
     "keep": 1,
     "log_every": 1,

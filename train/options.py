@@ -109,7 +109,7 @@ class Options:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        for name, least in smallest.items():
+        for name, least in {**smallest, "hung_after": 1}.items():
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise ValueError(f"{name} must be at least {least}, got {name}={value}")
@@ -128,6 +128,11 @@ class Options:
         for name in shares:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {name}={getattr(self, name)}")
+        if self.profile_steps and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
+            raise ValueError(
+                "profile_steps must be the first and the last of some steps from 1, got "
+                f"profile_steps={self.profile_steps}"
+            )
         if self.warmup_steps + self.linear_decay_steps > self.steps:
             raise ValueError(
                 f"warm-up and decay must fit into the steps, got "

@@ -186,6 +186,9 @@ class Config(Options):
     """Seconds after which to stop and save; run the command again to go on."""
     skips_in_a_row: int = 20
     """Abort after so many updates in a row that were not finite and were skipped."""
+    hung_after: float | None = 600.0
+    """Report after so many seconds without a step's result where the program stands; None: never.
+    """
     save_every: int = 1000
     """Steps between checkpoints; the last step has one always."""
     keep: int = 1
@@ -198,6 +201,9 @@ class Config(Options):
     """Steps a row of metrics."""
     tensorboard: bool = False
     """Write TensorBoard event files, too."""
+    profile_steps: tuple[int, int] | None = None
+    """First and last step of a trace in the folder profile of each stage, for ui.perfetto.dev or
+    TensorBoard."""
     validation_clips: int = 256
     """Clips of each of the splits validation and held_out."""
     validation_levels: int = 4

@@ -85,6 +85,9 @@ class Config(Options):
     """Seconds after which to stop, save and export; the schedule does not depend on it."""
     skips_in_a_row: int = 20
     """Abort after so many updates in a row that were not finite and were skipped."""
+    hung_after: float | None = 600.0
+    """Report after so many seconds without a step's result where the program stands; None: never.
+    """
     save_every: int = 1000
     """Steps between checkpoints."""
     keep: int = 2
@@ -95,6 +98,8 @@ class Config(Options):
     """Steps a row of metrics."""
     tensorboard: bool = False
     """Write TensorBoard event files, too."""
+    profile_steps: tuple[int, int] | None = None
+    """First and last step of a trace in the folder profile, for ui.perfetto.dev or TensorBoard."""
     sample_every: int = 2000
     """Steps between picture grids; 0: none."""
     sample_captions: tuple[str, ...] = ()
