@@ -197,14 +197,14 @@ def diffusion_lm_loss(
     elif lengths is not None:
         options = {"mask": (jnp.arange(length)[None] < lengths[:, None])[:, None]}
 
-    def states(predictor: DiffusionLM, noised: Noised, residual: Residual | None) -> Array:
+    def states_of(predictor: DiffusionLM, noised: Noised, residual: Residual | None) -> Array:
         ids = noised.tokens
         if training.sight == "block_causal":
             ids = jnp.concatenate([ids, tokens.astype(ids.dtype)], axis=1)
         inputs = _inputs(model, ids, noised.masked, residual)
         return predictor.hidden(inputs, **options)[:, :length]
 
-    def loss(states: Array, noised: Noised) -> Float[Array, ""]:
+    def loss_of(states: Array, noised: Noised) -> Float[Array, ""]:
         weights = noised.masked.astype(jnp.float32) / noised.rate
         learned = maskable.astype(jnp.float32)
         if training.average == "row":
@@ -219,12 +219,12 @@ def diffusion_lm_loss(
     residual, losses = None, []
     predictor = model if reference is None else reference
     for earlier, warm in _earlier_passes(key, noised, maskable, mask_id, training):
-        predicting = states(predictor, earlier, residual)
+        states = states_of(predictor, earlier, residual)
         if training.learn_every_pass:
-            losses.append(loss(predicting, earlier))
-        residual = _predicted(jax.lax.stop_gradient(predicting), model, predictor, training)
+            losses.append(loss_of(states, earlier))
+        residual = _predicted(jax.lax.stop_gradient(states), model, predictor, training)
         residual = residual._replace(weight=jnp.where(warm, residual.weight, 0.0))
-    losses.append(loss(states(model, noised, residual), noised))
+    losses.append(loss_of(states_of(model, noised, residual), noised))
     return sum(losses[1:], losses[0]) / len(losses)
 
 
