@@ -52,7 +52,8 @@ class Sweep:
     """What is fed back at the first step of a block; reference: what the frozen model of the
     model's training predicts."""
     restart: int = 0
-    """After so many steps of a block, what is fed back begins as at the first; 0: never."""
+    """Steps of a block after which the next one begins as the first did; 0: never. For a model that
+    learned from residuals of K passes, K + 1."""
     reference: Path | None = None
     """Where that model is now, if not where it was; for --init reference."""
     without_residual: bool = False
@@ -76,6 +77,11 @@ class Sweep:
         for name, least in {"problems": 1, "batch_size": 1, "restart": 0}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.restart and self.init in ("self", "reference"):
+            raise ValueError(
+                f"init={self.init!r} takes restart=0, got {self.restart}: the passes that begin "
+                "anew would not be counted as steps"
+            )
 
 
 def check_thresholds(thresholds: Sequence[float]) -> None:
@@ -183,6 +189,8 @@ def carry_out(sweep: Sweep, *, show_progress: bool = True) -> list[Point]:
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "problems": sweep.problems,
+        "init": sweep.init,
+        "restart": sweep.restart,
         "points": points,
     }
     text = json.dumps(record, indent=2) + "\n"

@@ -5,6 +5,7 @@ at the end, `export/`. Running the same command again resumes from the newest ch
 SIGINT and SIGTERM save one first.
 """
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping
@@ -191,7 +192,8 @@ def validation_hook(
         if held_out is None:
             found = answer(skeleton.join(arrays).target, table(), decoder).summary()
         else:
-            found = {"validation": mean_loss(skeleton, training, arrays, held_out)}
+            last_pass = dataclasses.replace(training, learn_every_pass=False)
+            found = {"validation": mean_loss(skeleton, last_pass, arrays, held_out)}
         writer = JsonLines(config.output / "validation.jsonl", step - 1)
         writer.write({"step": step} | found)
         writer.close()

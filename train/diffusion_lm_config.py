@@ -65,6 +65,11 @@ class Config(Options):
             --reference runs/first/export
         python -m train.diffusion_lm --output runs/seqd --start-from runs/first/export
 
+    What gained most on these problems takes no reference (docs/residual_context.md):
+
+        python -m train.diffusion_lm --output runs/rcd --start-from runs/first/export
+            --own-passes 2 --learn-every-pass --weighting one --stale-share 1
+
     The same command resumes a stopped run with the same state, batches and masks. To try it on a
     CPU in a minute:
 

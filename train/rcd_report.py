@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,7 @@ class Report:
         python -m train.rcd_report train/configs/results/rcd_experiment.json
             --parts every_pass/runs/arithmetic every_pass/runs/sudoku --plot rcd.png
 
-    prints the tables of docs/residual_context.md, and draws its figure.
+    prints the first two tables of docs/residual_context.md, and draws its figure.
     """
 
     results: Path
@@ -45,18 +46,23 @@ def read(report: Report) -> dict[str, Found]:
     """Return the points of each part, by its name.
 
     Raises:
-        ValueError: No such part, or no such method in it.
+        ValueError: No such part, one without runs, or no such method in it.
     """
     found: dict[str, Found] = {}
+    record = json.loads(report.results.read_text(encoding="utf-8"))
     for part in report.parts:
-        points = json.loads(report.results.read_text(encoding="utf-8"))
+        points = record
         for key in filter(None, part.split("/")):
-            if key not in points:
+            if not isinstance(points, dict) or key not in points:
                 raise ValueError(
                     f"{report.results} has no part {part!r}: instead of {key!r} there are "
-                    f"{', '.join(points)}"
+                    f"{_names(points)}"
                 )
             points = points[key]
+        if not (isinstance(points, dict) and all(isinstance(p, list) for p in points.values())):
+            raise ValueError(
+                f"part {part!r} of {report.results} is not of runs: in it are {_names(points)}"
+            )
         present = methods_of(points)
         unknown = [method for method in report.methods if method not in present]
         if unknown:
@@ -64,6 +70,10 @@ def read(report: Report) -> dict[str, Found]:
         shown = report.methods or present
         found[part] = {name: line for name, line in points.items() if _method(name) in shown}
     return found
+
+
+def _names(part: Any) -> str:
+    return ", ".join(part) if isinstance(part, dict) else "points"
 
 
 def methods_of(found: Found) -> list[str]:
@@ -151,7 +161,7 @@ def draw(parts: Mapping[str, Found], path: Path) -> None:
                 panel.plot(steps, accuracies, ".", color=f"C{number}", ms=4, alpha=0.5)
         panel.set_xscale("log", base=2)
         panel.xaxis.set_major_formatter(FuncFormatter(lambda steps, _: f"{steps:g}"))
-        panel.set(xlabel="steps an answer", ylabel="right answers, %", title=part.split("/")[-1])
+        panel.set(xlabel="steps per answer", ylabel="right answers, %", title=part.split("/")[-1])
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
     figure.savefig(path, dpi=120)

@@ -94,8 +94,8 @@ def _locked(path: Path) -> BinaryIO | None:
 def claim(config: Options, *, write: bool = True) -> Path:
     """Make the run's folder, or check that the run in it had the same configuration.
 
-    Options in `config.may_change` may differ; the file then holds the new ones. A run that never
-    made a step binds nobody.
+    Options in `config.may_change` may differ; the file then holds the new ones. An option that the
+    file does not name, being newer, had its default. A run that never made a step binds nobody.
 
     Args:
         config: The options.
@@ -122,12 +122,13 @@ def claim(config: Options, *, write: bool = True) -> Path:
                 f"{folder} holds a config.json that is not that of a run; choose another --output"
             )
         fixed = sorted((old.keys() | new.keys()) - config.may_change)
+        was = _defaults(config) | old
         differing = [
-            name for name in fixed if _made_steps(folder) and old.get(name) != new.get(name)
+            name for name in fixed if _made_steps(folder) and was.get(name) != new.get(name)
         ]
         if differing:
             lines = [
-                f"  {name}: {old.get(name, '(absent)')!r} before, {new.get(name, '(absent)')!r} now"
+                f"  {name}: {was.get(name, '(absent)')!r} before, {new.get(name, '(absent)')!r} now"
                 for name in differing
             ]
             raise ConfigChangedError(
@@ -185,6 +186,12 @@ def to_json(config: Options) -> dict[str, Any]:
     values = dataclasses.asdict(config)  # pyright: ignore[reportArgumentType]
     del values["output"]
     return {name: _plain(value) for name, value in values.items()}
+
+
+def _defaults(config: Options) -> dict[str, Any]:
+    """Return the defaults of options that have one, as JSON can hold them."""
+    fields = dataclasses.fields(config)  # pyright: ignore[reportArgumentType]
+    return {f.name: _plain(f.default) for f in fields if f.default is not dataclasses.MISSING}
 
 
 def _plain(value: Any) -> Any:

@@ -36,7 +36,8 @@ class DecodingState(NamedTuple):
         passes: passes of the model so far, those for `init` among them, that of prompts left out.
         cache: keys and values, None if none are kept. With guidance there are twice the rows,
             those behind a prompt of masks last.
-        residual: what the next step gets in the masked positions of the block, None without RCD.
+        residual: what the next step gets in the masked positions of the block, unless it starts
+            again; None without RCD.
     """
 
     tokens: Int32[Array, "batch slots"]
@@ -210,7 +211,7 @@ def _opened(
     if settings.init == "zero":
         weight = jnp.where(first[:, None], 0.0, residual.weight)
         return passes, residual._replace(weight=weight)
-    table, batch = setting.table, len(state.tokens)
+    table = setting.table
 
     def begin() -> Residual:
         match settings.init:
@@ -221,7 +222,7 @@ def _opened(
                 hidden = _uncached(other, *_without_prompts(setting, state))
                 logits = _guided(setting.decoder, other.logits(hidden))
             case _:
-                keys = _keys(setting, state.start, jnp.full(batch, 2**31 - 1))  # after all steps
+                keys = _keys(setting, state.start, 2**31 - 1 - state.step)  # that no step has
                 shape = (setting.decoder.block_length,)
                 draw = lambda key: settings.random_residual(key, shape, table, setting.mask_id)
                 return jax.vmap(draw)(keys)

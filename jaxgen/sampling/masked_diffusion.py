@@ -52,9 +52,9 @@ class MaskedDiffusion:
             back the model's own predictions, too; self-conditioning (arXiv:2208.04202) learns with
             one pass. Rows begin with any of them, equally often.
         learn_every_pass: the loss is the mean over those passes and the last one, where the last
-            one alone is the paper's. Every row takes all passes then, so that it learns to start
-            from nothing as much as to go on. A step costs as much as `own_passes` + 1 of a
-            standard model.
+            one alone is the paper's. Every row takes all passes then, the first from nothing, and
+            tokens that are masked for a pass alone are learned, too. A step costs as much as
+            `own_passes` + 1 of a standard model.
         stale_share: up to this share of the known tokens of a row, drawn evenly for each row, are
             masked for the first of these passes, and fewer for each later one. When answers are
             decoded, what is fed back was predicted before the last tokens were settled; the paper's
@@ -258,7 +258,7 @@ def _earlier_passes(
         hidden = share * ((later + 1) / passes)
         unknown = maskable & (settled_at < hidden)
         tokens = jnp.where(unknown, mask_id, noised.tokens)
-        rate = 1.0 - (1.0 - noised.rate) * (1.0 - hidden)
+        rate = noised.rate + (1.0 - noised.rate) * hidden
         skipped = 0.0 if training.learn_every_pass else later / passes
         warm = start >= training.cold_share + (1 - training.cold_share) * skipped
         earlier.append((Noised(tokens, noised.masked | unknown, rate), warm))

@@ -67,7 +67,7 @@ class Residual(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ResidualContext:
-    """How predictions are fed back. Numbers may be changed without compiling again.
+    """How predictions are fed back. Numbers but `restart` change without compiling again.
 
     Attributes:
         temperature: softens (above 1) or sharpens the prediction whose entropy is the weight
@@ -84,9 +84,11 @@ class ResidualContext:
             "self", a plain pass of the model before it; "reference", a pass of another model;
             "dirichlet", a random prediction.
         restart: after so many steps of a block, the next one begins as the first does (`init`); 0:
-            never, which is the paper's. A prediction that has been fed back time and again is
-            surer than it is right. With "zero", a model that learned from residuals of K passes
-            (`MaskedDiffusion.own_passes`; 1 of a reference) is at home with K + 1.
+            never, which is the paper's. Predictions that are fed back more often than a model
+            learned from can get surer than they are right (docs/residual_context.md). With "zero", set
+            it to K + 1 for one that learned from residuals of K passes
+            (`MaskedDiffusion.own_passes`; 1 of a reference). With "self" and "reference" a restart
+            of any row costs the batch a pass. Training does not read it.
         table: decoding reads the whole table of embeddings once a step, which is most of what RCD
             costs. "int8" reads half as much, of a copy that is made when decoding starts; it
             changes a vector by a percent at most. Not for training.

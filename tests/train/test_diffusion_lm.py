@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shlex
+import shutil
 import signal
 from pathlib import Path
 
@@ -12,8 +13,8 @@ import pytest
 import tyro
 
 from jaxgen.sampling import ResidualContext, decode
-from train import diffusion_lm
-from train.decoding_sweep import Sweep, carry_out, steps_at
+from train import decoding_sweep, diffusion_lm
+from train.decoding_sweep import Sweep, accuracy_at, carry_out, steps_at
 from train.diffusion_lm import train
 from train.diffusion_lm_config import MODELS, Config
 from train.diffusion_lm_parts import answer, load_export, make_decoder
@@ -120,6 +121,24 @@ def test_two_devices_with_fsdp_have_the_same_losses(first, fed_back, tmp_path):
     np.testing.assert_allclose(losses(result), losses(fed_back), rtol=1e-4)
 
 
+def test_two_devices_learn_every_pass_alike(first, tmp_path):
+    options = {
+        "start_from": first.folder / "export",
+        "own_passes": 2,
+        "learn_every_pass": True,
+        "stale_share": 1.0,
+        "weighting": "one",
+        "validate_every": 0,
+        "steps": 3,
+    }
+    one, two = (run(tmp_path / str(n), devices=n, fsdp=n, **options) for n in (1, 2))
+    np.testing.assert_allclose(losses(two), losses(one), rtol=1e-4)
+    _, card = load_export(two.folder / "export", precision="float32")
+    assert card["config"]["learn_every_pass"]
+    last = run(tmp_path / "last", **options | {"learn_every_pass": False})
+    assert abs(losses(last)[0] - losses(one)[0]) > 1e-3
+
+
 def test_bidirectional_training_with_rates_of_rows_and_int8_attention(tmp_path):
     options = {"sight": "bidirectional", "average": "row", "validate_every": 0, "steps": 3}
     exact = run(tmp_path / "exact", **options)
@@ -194,15 +213,32 @@ def test_a_sweep_writes_points_a_table_and_a_picture(first, fed_back, tmp_path):
         assert fast["tokens_per_step"] > slow["tokens_per_step"]
     record = json.loads((tmp_path / "sweep" / "points.json").read_text())
     assert record["points"] == points
+    assert (record["init"], record["restart"]) == ("zero", 0)
     assert (tmp_path / "sweep" / "curve.png").stat().st_size > 5000
     assert len((tmp_path / "sweep" / "table.md").read_text().splitlines()) == 6
     without = dataclasses.replace(sweep, without_residual=True, thresholds=(1.0,))
-    without_residual = carry_out(without, show_progress=False)
-    assert [point["rcd"] for point in without_residual] == [False, False]
-    # A residual that begins anew at every step is none.
-    restart = dataclasses.replace(sweep, restart=1, thresholds=(1.0,))
-    unlike = {"rcd": False}
-    assert [p | unlike for p in carry_out(restart, show_progress=False)] == without_residual
+    assert [point["rcd"] for point in carry_out(without, show_progress=False)] == [False, False]
+
+
+def test_a_sweep_decodes_as_its_options_say(fed_back, tmp_path, monkeypatch):
+    decoded = []
+
+    def watch(sight, block_length, threshold, residual):
+        decoded.append((threshold, residual))
+        return make_decoder(sight, block_length, threshold, residual)
+
+    monkeypatch.setattr(decoding_sweep, "make_decoder", watch)
+    options = {"thresholds": (0.9,), "problems": 2}
+    sweep = Sweep((fed_back.folder / "export",), tmp_path, **options, restart=3, temperature=2.0)
+    carry_out(sweep, show_progress=False)
+    assert decoded == [(0.9, ResidualContext(temperature=2.0, restart=3))]
+
+
+def test_accuracy_at_steps_lies_between_the_points():
+    points = [{"steps": 10, "accuracy": 0.5}, {"steps": 20, "accuracy": 0.8}]
+    assert accuracy_at(points, 15) == pytest.approx(0.65)
+    assert accuracy_at(points, 30) == pytest.approx(0.8)
+    assert accuracy_at(points, 5) is None
 
 
 @pytest.mark.parametrize(
@@ -215,6 +251,7 @@ def test_a_sweep_writes_points_a_table_and_a_picture(first, fed_back, tmp_path):
         ({"reference": Path("a")}, "reference=a needs init='reference', got 'zero'"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"restart": -1}, "restart must be at least 0, got -1"),
+        ({"restart": 2, "init": "self"}, "init='self' takes restart=0, got 2"),
     ],
 )
 def test_refuses_sweeps(changes, message):
@@ -240,6 +277,19 @@ def test_a_changed_configuration_is_refused(first):
         run(first.folder, block_length=4)
     again = run(first.folder, test_problems=8, time_limit=1e6)
     assert losses(again) == losses(first)
+
+
+def test_a_run_from_before_an_option_had_its_default(first, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(first.folder, folder)
+    path = folder / "config.json"
+    options = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in options.items() if k != "learn_every_pass"}))
+    assert run(folder).step == STEPS
+    assert json.loads(path.read_text()) == options
+    path.write_text(json.dumps({k: v for k, v in options.items() if k != "block_length"}))
+    with pytest.raises(ConfigChangedError, match=r"\n  block_length: 32 before, 8 now\n"):
+        run(folder)
 
 
 def test_the_models_have_the_sizes_that_the_help_names():

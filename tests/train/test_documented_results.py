@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from train import rcd_report
 from train.configs import decoding_speed, stitching_speed, wan_speed
 from train.stitching_report import at_equal_cost
 
@@ -27,6 +28,14 @@ def test_a_document_shows_the_table_of_its_records(program, document):
     records = found["records"] if isinstance(found, dict) else found
     _, *rows = program.table(records).strip().splitlines()
     assert "\n".join(rows) in (ROOT / "docs" / document).read_text()
+
+
+@pytest.mark.parametrize("task", ["arithmetic", "sudoku"])
+def test_methods_are_compared_as_their_record_says(task):
+    part = f"every_pass/runs/{task}"
+    found = rcd_report.read(rcd_report.Report(RESULTS / "rcd_experiment.json", parts=(part,)))
+    table = rcd_report.table(found[part])
+    assert table in (ROOT / "docs" / "residual_context.md").read_text()
 
 
 @pytest.mark.parametrize("prompts", ["captions", "empty"])

@@ -5,10 +5,8 @@ import sys
 
 import numpy as np
 import pytest
-import tyro
 
 from train.configs.rcd_experiment import METHODS
-from train.decoding_sweep import accuracy_at
 from train.rcd_report import Report, draw, main, methods_of, read, table
 
 
@@ -76,6 +74,14 @@ def test_parts_of_a_record_are_told_apart(tmp_path):
     assert list(shown["runs/arithmetic"]) == ["rcd-0", "rcd-1"]
     with pytest.raises(ValueError, match=r"no part 'runs/text': .*'text' there are arith.*, sudo"):
         read(Report(path, parts=("runs/text",)))
+    with pytest.raises(ValueError, match=r"instead of 'x' there are points"):
+        read(Report(path, parts=("runs/sudoku/rcd-own-0/x",)))
+    with pytest.raises(ValueError, match="is not of runs: in it are points"):
+        read(Report(path, parts=("runs/sudoku/rcd-own-0",)))
+    with pytest.raises(ValueError, match=r"part 'runs' of .* is not of runs: in it are arithm"):
+        read(Report(path, parts=("runs",)))
+    with pytest.raises(ValueError, match=r"part '' of .* is not of runs: in it are commit, runs"):
+        read(Report(path))
     with pytest.raises(ValueError, match=r"methods must be among seqd, rcd, got \['rcd-own'\]"):
         read(Report(path, parts=("runs/arithmetic",), methods=("rcd-own",)))
     with pytest.raises(ValueError, match="parts must name at least one"):
@@ -113,12 +119,7 @@ def test_the_command_prints_what_the_record_has(tmp_path, monkeypatch, capsys):
     assert printed.startswith("runs/arithmetic\n\n| method |")
     assert "| rcd | 2 | 90.0 ± 0.0 % |" in printed
     assert plot.exists()
+    monkeypatch.setattr(sys, "argv", ["rcd_report", "--parts", "runs/arithmetic"])
     with pytest.raises(SystemExit):
-        tyro.cli(Report, args=["--parts", "a"])
-
-
-def test_accuracy_at_steps_lies_between_the_points():
-    points = _points((10, 0.5), (20, 0.8))
-    assert accuracy_at(points, 15) == pytest.approx(0.65)
-    assert accuracy_at(points, 30) == pytest.approx(0.8)
-    assert accuracy_at(points, 5) is None
+        main()
+    assert "RESULTS" in capsys.readouterr().err
