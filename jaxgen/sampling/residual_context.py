@@ -85,8 +85,8 @@ class ResidualContext:
             "dirichlet", a random prediction.
         restart: after so many steps of a block, the next one begins as the first does (`init`); 0:
             never, which is the paper's. Predictions that are fed back more often than a model
-            learned from can get surer than they are right (docs/residual_context.md). With "zero", set
-            it to K + 1 for one that learned from residuals of K passes
+            learned from can get surer than they are right (docs/residual_context.md). With "zero",
+            set it to K + 1 for one that learned from residuals of K passes
             (`MaskedDiffusion.own_passes`; 1 of a reference). With "self" and "reference" a restart
             of any row costs the batch a pass. Training does not read it.
         table: decoding reads the whole table of embeddings once a step, which is most of what RCD

@@ -119,7 +119,3 @@ def test_the_command_prints_what_the_record_has(tmp_path, monkeypatch, capsys):
     assert printed.startswith("runs/arithmetic\n\n| method |")
     assert "| rcd | 2 | 90.0 ± 0.0 % |" in printed
     assert plot.exists()
-    monkeypatch.setattr(sys, "argv", ["rcd_report", "--parts", "runs/arithmetic"])
-    with pytest.raises(SystemExit):
-        main()
-    assert "RESULTS" in capsys.readouterr().err
