@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -188,7 +189,10 @@ def main() -> None:
 
     form = tyro.conf.PositionalRequiredArgs[Report]
     report = tyro.cli(form, prog="python -m train.rcd_report")
-    parts = read(report)
+    try:
+        parts = read(report)
+    except (OSError, ValueError) as error:
+        sys.exit(f"train.rcd_report: {error}")
     for part, found in parts.items():
         print(f"{part}\n\n{table(found)}" if part else table(found))
     if report.plot is not None:

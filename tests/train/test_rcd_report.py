@@ -119,3 +119,7 @@ def test_the_command_prints_what_the_record_has(tmp_path, monkeypatch, capsys):
     assert printed.startswith("runs/arithmetic\n\n| method |")
     assert "| rcd | 2 | 90.0 ± 0.0 % |" in printed
     assert plot.exists()
+    for words in ([str(tmp_path / "none.json")], [str(path), "--parts", "x"]):
+        monkeypatch.setattr(sys, "argv", ["rcd_report", *words])
+        with pytest.raises(SystemExit, match=r"^train.rcd_report: .*(none.json|no part 'x')"):
+            main()
