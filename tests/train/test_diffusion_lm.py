@@ -286,7 +286,7 @@ def test_a_run_from_before_an_option_had_its_default(first, tmp_path):
     options = json.loads(path.read_text())
     path.write_text(json.dumps({k: v for k, v in options.items() if k != "learn_every_pass"}))
     assert run(folder).step == STEPS
-    assert json.loads(path.read_text()) == options
+    assert json.loads(path.read_text())["learn_every_pass"] is False
     path.write_text(json.dumps({k: v for k, v in options.items() if k != "block_length"}))
     with pytest.raises(ConfigChangedError, match=r"\n  block_length: 32 before, 8 now\n"):
         run(folder)
