@@ -26,7 +26,7 @@ class Report:
         python -m train.rcd_report train/configs/results/rcd_experiment.json
             --parts every_pass/runs/arithmetic every_pass/runs/sudoku --plot rcd.png
 
-    prints the first two tables of docs/residual_context.md, and draws its figure.
+    prints the tables beside the figure of docs/residual_context.md, and draws that figure.
     """
 
     results: Path
