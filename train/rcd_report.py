@@ -24,7 +24,7 @@ class Report:
     """Compare RCD with SeqD again, from the points of earlier runs.
 
         python -m train.rcd_report train/configs/results/rcd_experiment.json
-            --parts every_pass/runs/arithmetic every_pass/runs/sudoku --plot rcd.png
+            --parts three_seeds/runs/arithmetic three_seeds/runs/sudoku --plot rcd.png
 
     prints the tables beside the figure of docs/residual_context.md, and draws that figure.
     """
@@ -92,7 +92,8 @@ def table(found: Found) -> str:
 
     The last columns compare with SeqD of the same seed: points of accuracy at the steps that SeqD
     takes with thresholds of 0.9 and 0.5, if it was swept there, and the share of the steps of
-    SeqD's best accuracy that the method needs to reach it.
+    SeqD's best accuracy that the method needs to reach it. "(1 of 3)" is where one of three seeds
+    has such a number.
     """
     lines = [
         "| method | seeds | best accuracy | at steps | over SeqD at its steps, 0.9 "
@@ -107,9 +108,9 @@ def table(found: Found) -> str:
             str(len(rows)),
             mean_and_deviation(100 * np.array(best), "{:.1f}", " %"),
             mean_and_deviation(np.array(steps), "{:.1f}"),
-            mean_and_deviation(_known(strict), "{:+.1f}"),
-            mean_and_deviation(_known(loose), "{:+.1f}"),
-            mean_and_deviation(_known(share), "{:.2f}"),
+            _of_known(strict, "{:+.1f}"),
+            _of_known(loose, "{:+.1f}"),
+            _of_known(share, "{:.2f}"),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -137,8 +138,11 @@ def _best(points: Sequence[Point]) -> Point:
     return max(points, key=lambda point: (point["accuracy"], -point["steps"]))
 
 
-def _known(values: Sequence[float | None]) -> np.ndarray:
-    return np.array([value for value in values if value is not None])
+def _of_known(values: Sequence[float | None], form: str) -> str:
+    """Return mean and deviation of the values there are, and how many if some are missing."""
+    known = np.array([value for value in values if value is not None])
+    some = f" ({len(known)} of {len(values)})" if 0 < len(known) < len(values) else ""
+    return mean_and_deviation(known, form) + some
 
 
 def draw(parts: Mapping[str, Found], path: Path) -> None:

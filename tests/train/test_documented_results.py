@@ -31,8 +31,9 @@ def test_a_document_shows_the_table_of_its_records(program, document):
 
 
 @pytest.mark.parametrize("task", ["arithmetic", "sudoku"])
-def test_methods_are_compared_as_their_record_says(task):
-    part = f"every_pass/runs/{task}"
+@pytest.mark.parametrize("group", ["three_seeds", "every_pass"])
+def test_methods_are_compared_as_their_record_says(group, task):
+    part = f"{group}/runs/{task}"
     found = rcd_report.read(rcd_report.Report(RESULTS / "rcd_experiment.json", parts=(part,)))
     table = rcd_report.table(found[part])
     assert table in (ROOT / "docs" / "residual_context.md").read_text()

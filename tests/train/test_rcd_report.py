@@ -45,6 +45,18 @@ def test_the_table_has_no_number_where_there_is_none():
     assert rows[3][4:] == ["", "", ""]  # swept at neither threshold, and nothing was reached
 
 
+def test_the_table_says_how_many_seeds_have_a_number():
+    found = {
+        "seqd-0": _points((10, 0.5), (20, 0.8)),
+        "rcd-0": _points((5, 0.7), (15, 0.9)),
+        "seqd-1": _points((10, 0.6), (20, 0.95)),
+        "rcd-1": _points((5, 0.6), (15, 0.9)),
+    }
+    row = [cell.strip() for cell in table(found).splitlines()[3].split("|")[1:-1]]
+    assert row[6] == "0.50 (1 of 2)"  # 0.95 is never reached
+    assert "of 2" not in row[4]
+
+
 def test_methods_follow_the_baseline():
     found = {name: [] for name in ("rcd-own-2-1", "rcd-own-1", "seqd-1", "rcd-own-2-0", "rcd-1")}
     assert methods_of(found) == ["seqd", "rcd", "rcd-own", "rcd-own-2"]
