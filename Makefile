@@ -21,7 +21,7 @@ $(READY): pyproject.toml constraints.txt scripts/find_python.sh
 		-c constraints.txt -e ".[dev]"
 	@touch $(READY)
 
-demo: setup  ## draw emoji with the shipped models, compare four samplers, train for a minute
+demo: setup  ## draw emoji with the shipped models, compare four samplers, do sums, train for a minute
 	@$(BIN)/python -m train.demo
 
 test: setup  ## run the tests (CPU)

@@ -17,6 +17,8 @@ def test_there_are_notebooks():
         "02_int8_attention",
         "03_sparse_linear_attention",
         "04_hybrid_stitch",
+        "05_residual_context_diffusion",
+        "06_pretraining",
     ]
 
 

@@ -1,7 +1,8 @@
 """What jaxgen does, in a few minutes on a laptop: `python -m train.demo` (or `make demo`).
 
 Draws emoji with the shipped models, captions from training beside combinations that training never
-contained; draws some again with both models sharing the steps; then trains a model from scratch for
+contained; draws some again with both models sharing the steps; does sums with two diffusion
+language models, one of which keeps what the other throws away; then trains a model from scratch for
 a minute with INT8 attention. Pictures and a report go to one folder.
 """
 
@@ -19,7 +20,7 @@ from PIL import Image
 
 from jaxgen.pictures import image_grid
 from jaxgen.pipelines import TextToImage
-from train import demo_samplers, openmoji
+from train import demo_samplers, demo_sums, openmoji
 from train.metrics import Row
 from train.text_to_image import train
 from train.text_to_image_config import Config as TrainConfig
@@ -28,7 +29,7 @@ from train.text_to_image_parts import load_pictures
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Draw with the shipped models, alone and together, then train for a minute."""
+    """Draw with the shipped models, alone and together, do sums, then train for a minute."""
 
     output: Path = Path("demo_output")
     """Folder that gets the pictures and the report."""
@@ -40,13 +41,16 @@ class Config:
     """Captions that every sampler draws, chosen likewise."""
     steps: int = 20
     """Euler steps a picture."""
+    sums: int = 64
+    """Problems for the two language models."""
     train_seconds: float = 75.0
     """Time for training from scratch, compilation (about 20 seconds of it) included."""
     train_model: str = "openmoji-32"
     """Preset that is trained."""
 
     def __post_init__(self):
-        for name, smallest in (("captions", 3), ("sampler_captions", 3), ("steps", 10)):
+        least = (("captions", 3), ("sampler_captions", 3), ("steps", 10), ("sums", 3))
+        for name, smallest in least:
             if getattr(self, name) < smallest:
                 raise ValueError(f"{name} must be at least {smallest}, got {getattr(self, name)}")
 
@@ -152,8 +156,8 @@ def train_from_scratch(config: Config, folder: Path) -> tuple[list[Row], Path]:
     return result.rows, max((folder / "run" / "samples").glob("*.png"))
 
 
-def write_report(config: Config, drawn: list[Drawn], samplers: str, rows: list[Row]) -> Path:
-    """Write one HTML page that shows everything; `samplers` is a part of it."""
+def write_report(config: Config, drawn: list[Drawn], middle: str, rows: list[Row]) -> Path:
+    """Write one HTML page that shows everything; `middle` is a part of it."""
     models = "".join(
         f"<tr><td>{html.escape(one.name)}<td>{one.parameters / 1e6:.1f} M"
         f"<td>{one.seconds_to_compile:.0f} s<td>{one.seconds_a_picture:.2f} s"
@@ -173,7 +177,7 @@ tone that no picture in training showed.</p>
 <table><tr><th>model<th>parameters<th>compilation<th>time a picture</tr>{models}</table>
 <p>On {html.escape(jax.devices()[0].device_kind)}.</p>
 <p><img src="grid.png" alt="grid of captions and models"></p>
-{samplers}<h2>Training from scratch with INT8 attention</h2>
+{middle}<h2>Training from scratch with INT8 attention</h2>
 <p>{rows[-1]["step"]} steps in {config.train_seconds:.0f} seconds, compilation included. The loss
 went from {_show(rows[0]["loss"])} to {_show(rows[-1]["loss"])}.</p>
 <p><img src="loss.png" alt="loss over steps"></p>
@@ -236,13 +240,16 @@ def run(config: Config) -> Path:
         folders, captions, headings(emojis, rows), config.steps, config.output
     )
 
-    print(f"3. Training from scratch with INT8 attention for {config.train_seconds:.0f} s:")
+    print(f"3. {config.sums} sums by two diffusion language models:")
+    sums = demo_sums.show(config.weights, config.sums)
+
+    print(f"4. Training from scratch with INT8 attention for {config.train_seconds:.0f} s:")
     with tempfile.TemporaryDirectory() as temporary:
         history, samples = train_from_scratch(config, Path(temporary))
         shutil.copy(samples, config.output / "after_a_minute.png")
     plot_losses(history, config.output / "loss.png")
     print(f"   loss {_show(history[0]['loss'])} -> {_show(history[-1]['loss'])}")
-    report = write_report(config, drawn, samplers, history)
+    report = write_report(config, drawn, samplers + sums, history)
     print(f"Done. Open {report} in a browser.")
     return report
 

@@ -1,36 +1,41 @@
 """What several devices of one host give: `python -m train.scaling --help`.
 
 Command    NCCL_NVLS_ENABLE=0 python -m train.scaling --output runs/scaling.json
-Hardware   not measured yet
-Outcome    not measured yet
+Hardware   two H200, jax 0.11.2
+Outcome    results/scaling.json, which has no "resume" and no "hybrid" yet: the 325M model with INT8
+           attention 1.98 times as fast on two as on one data parallel and 2.04 with FSDP; losses of
+           tensor parallel within 1.3e-4 of one device's, of context parallel within 5e-7; INT8
+           attention over 65,536 tokens 133.5 ms on one, 69.1 on two, with INT8 on the wire or not
 """
 
 import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jaxgen.checkpoints import write_atomically
+from jaxgen.checkpoints import parse_json_object, write_atomically
 from train.scaling_cases import CASES, Record, Scaling
 
 TITLES: Mapping[str, str] = {
     "weak": "as many rows a device",
     "losses": "the same losses",
     "context": "one long sequence",
-    "hybrid": "two diffusion models",
     "resume": "a run that changes its devices",
+    "hybrid": "two diffusion models",
 }
 """Cases in words."""
 
 
-def measure(scaling: Scaling) -> Iterator[tuple[str, list[Record]]]:
-    """Yield each case and its records, as it is done."""
+def measure(scaling: Scaling, known: Collection[str] = ()) -> Iterator[tuple[str, list[Record]]]:
+    """Yield each case and its records, as it is done; those in `known` are left out."""
     for case in scaling.cases:
+        if case in known:
+            continue
         started = time.monotonic()
         records = CASES[case](scaling)
         print(f"{case}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
@@ -82,16 +87,41 @@ def plot(found: Mapping[str, list[Record]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def _about(scaling: Scaling) -> dict[str, Any]:
+    """What decides the records of a case, whatever cases are asked for."""
+    settings = json.loads(json.dumps(dataclasses.asdict(scaling), default=str))
+    del settings["cases"], settings["output"]
+    return {
+        "settings": settings,
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+    }
+
+
+def measured(scaling: Scaling) -> dict[str, list[Record]]:
+    """Return the cases that are in the output already.
+
+    Raises:
+        ValueError: The file is no record, or one with other settings, of other devices or another
+            jax.
+    """
+    if scaling.output is None or not scaling.output.exists():
+        return {}
+    record = parse_json_object(scaling.output.read_bytes(), str(scaling.output))
+    for name, value in _about(scaling).items():
+        if record.get(name) != value:
+            raise ValueError(
+                f"{scaling.output} was measured with {name} = {record.get(name)}, not {value}; "
+                "choose another --output"
+            )
+    return record["cases"]
+
+
 def save(scaling: Scaling, found: Mapping[str, list[Record]]) -> None:
     """Write settings and records to the output, if there is one, and the plot beside it."""
     if scaling.output is None:
         return
-    result: dict[str, Any] = {
-        "settings": json.loads(json.dumps(dataclasses.asdict(scaling), default=str)),
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "cases": found,
-    }
+    result = _about(scaling) | {"cases": found}
     scaling.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(scaling.output, [(json.dumps(result, indent=2) + "\n").encode()])
     plot(found, scaling.output.with_suffix(".png"))
@@ -102,8 +132,11 @@ def main() -> None:
     import tyro
 
     scaling = tyro.cli(Scaling, prog="python -m train.scaling")
-    found: dict[str, list[Record]] = {}
-    for case, records in measure(scaling):
+    try:
+        found = measured(scaling)
+    except ValueError as error:
+        sys.exit(f"train.scaling: {error}")
+    for case, records in measure(scaling, found):
         found[case] = records
         save(scaling, found)
     print(table(found))

@@ -29,10 +29,10 @@ type Record = dict[str, Any]
 class Scaling:
     """Train and sample on several devices of one host, each case beside one device."""
 
-    cases: tuple[str, ...] = ("weak", "losses", "context", "hybrid", "resume")
+    cases: tuple[str, ...] = ("weak", "losses", "context", "resume", "hybrid")
     """weak: rows and devices grow together; losses: tensors and tokens divided; context: one long
-    sequence, keys and values as INT8 or not on the wire; hybrid: two diffusion models on a device
-    each; resume: a run that changes its devices twice."""
+    sequence, keys and values as INT8 or not on the wire; resume: a run that changes its devices
+    twice; hybrid: two diffusion models on a device each."""
     devices: int = 2
     """Devices of the host that take part."""
     model: str = "325m"
@@ -57,12 +57,13 @@ class Scaling:
     """Size of a head there."""
     stitching: stitching_speed.Speed = dataclasses.field(
         default_factory=lambda: stitching_speed.Speed(
-            policies=("large", "hybridstitch"), splits=(), keep_text=(False,), runs=2
+            policies=("large", "hybridstitch"), splits=(), keep_text=(False,), runs=1
         )
     )
     """Options of "hybrid"; small_device and output are replaced."""
     output: Path | None = None
-    """Write the records there, as JSON, after each case, and a plot beside it."""
+    """Write the records there, as JSON, after each case, and a plot beside it. Cases that are there
+    already, measured with the same settings and devices, are not measured again."""
 
     def __post_init__(self):
         if unknown := [case for case in self.cases if case not in CASES]:
@@ -212,7 +213,7 @@ def resume(scaling: Scaling) -> list[Record]:
 
 
 CASES: Mapping[str, Callable[[Scaling], list[Record]]] = {
-    "weak": weak, "losses": losses, "context": context, "hybrid": hybrid, "resume": resume,
+    "weak": weak, "losses": losses, "context": context, "resume": resume, "hybrid": hybrid,
 }  # fmt: skip
 
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import html
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,10 @@ from jaxgen.models.text_encoder import TextEncoder, TextEncoderConfig
 from jaxgen.pipelines import StitchedTextToImage, TextToImage
 from jaxgen.sampling import Alone, HybridStitch, SRDiffusion, TStitch
 from jaxgen.text import WordTokenizer
-from train import demo, demo_samplers, openmoji, stitching
+from train import demo, demo_samplers, demo_sums, openmoji, stitching
+from train.decoding_history import NAMES, colored, history
+from train.diffusion_lm_parts import answer
+from train.problems import EOS, MASK
 from train.scores import peak_signal_to_noise
 
 
@@ -57,6 +62,7 @@ def test_demo_writes_pictures_and_a_report(few_emojis, weights, tmp_path, capsys
         captions=3,
         sampler_captions=3,
         steps=10,
+        sums=3,
         train_seconds=15.0,
         train_model="tiny",
     )
@@ -75,7 +81,11 @@ def test_demo_writes_pictures_and_a_report(few_emojis, weights, tmp_path, capsys
         samplers = re.findall(r"large only|T-Stitch, 40|SRDiffusion, 50|HybridStitch, 22", text)
         assert samplers == ["large only", "T-Stitch, 40", "SRDiffusion, 50", "HybridStitch, 22"]
         assert "reconstruction from the abstract" in text
-    assert printed.index("1. ") < printed.index("2. ") < printed.index("3. ")
+    assert "3. 3 sums" in printed
+    assert "skipped, there is no arithmetic-seqd" in printed
+    assert "writes in any order" not in report
+    numbers = [printed.index(f"{number}. ") for number in range(1, 5)]
+    assert numbers == sorted(numbers)
 
 
 def test_samplers_draw_what_their_policies_draw(few_emojis):
@@ -158,9 +168,44 @@ def test_a_folder_without_models_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "smallest"), [("captions", 3), ("sampler_captions", 3), ("steps", 10)]
+    ("name", "smallest"), [("captions", 3), ("sampler_captions", 3), ("steps", 10), ("sums", 3)]
 )
 def test_refuses_too_few(name, smallest):
     demo.Config(**{name: smallest})
     with pytest.raises(ValueError, match=f"{name} must be at least {smallest}, got {smallest - 1}"):
         demo.Config(**{name: smallest - 1})
+
+
+def test_sums_are_what_the_shipped_models_answer(capsys):
+    weights = Path(__file__).parents[2] / "weights"
+    page = demo_sums.show(weights, 3)
+    printed = capsys.readouterr().out
+    for name in demo_sums.NAMES:
+        solver = demo_sums.Solver.load(name, weights / f"arithmetic-{name}", 3)
+        for threshold, decoder in solver.decoders.items():
+            found = answer(solver.model, solver.table, decoder).summary()
+            cells = f"{threshold:g}", f"{found['accuracy']:.0%}", f"{found['steps']:.1f}"
+            assert "<td>".join((solver.name, *cells)) in page
+            assert re.search(rf"{re.escape(solver.name)} +" + " +".join(cells), printed)
+        states = history(solver.model, solver.table.prompts[0], decoder, solver.table.layout.answer)
+        alone = answer(solver.model, solver.table, decoder)
+        assert (states[-1] == alone.tokens[0]).all()
+        assert len(states) - 1 == alone.steps[0]
+        text = "".join(NAMES[token] for token in states[-1]).partition("end")[0]
+        assert re.sub("<[^>]+>", "", colored(states)) == html.escape(text)
+        assert html.escape(solver.table.problems[0].prompt) in page
+        assert colored(states) in page
+
+
+def test_colors_tell_the_step():
+    digit, other = 5, 6
+    states = [
+        np.full(4, MASK),
+        np.array([digit, MASK, MASK, EOS]),
+        np.array([digit, other, EOS, EOS]),
+    ]
+    found = re.findall(r"rgb\((\d+),(\d+),(\d+)\);color:(\w+)\">(.)<", colored(states))
+    assert [cells[4] for cells in found] == [NAMES[digit], NAMES[other]]
+    early, late = (np.array(cells[:3], int) for cells in found)
+    assert late.sum() > early.sum()  # bright is late
+    assert found[1][3] == "black"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from train import rcd_report
+from train import rcd_report, scaling
 from train.configs import decoding_speed, stitching_speed, wan_speed
 from train.stitching_report import at_equal_cost
 
@@ -44,3 +44,8 @@ def test_samplers_are_compared_as_their_records_say(prompts):
     found = json.loads((RESULTS / f"stitching_openmoji_{prompts}.json").read_text())
     assert found["config"]["prompts"] == prompts
     assert at_equal_cost(found["records"]) in (ROOT / "docs" / "hybrid_stitch.md").read_text()
+
+
+def test_the_readme_shows_what_several_devices_gave():
+    found = json.loads((RESULTS / "scaling.json").read_text())
+    assert scaling.table(found["cases"]) in (ROOT / "README.md").read_text()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,8 @@ from tests.train import commands
 from train.configs import int8_pretraining, pretraining_speed
 from train.configs.int8_pretraining import ARMS, EACH, Experiment, carry_out, table
 from train.run_folder import ConfigChangedError
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -119,3 +122,19 @@ def test_speed_is_measured_for_both(text):
     found = pretraining_speed.measure(speed, show_progress=False)
     assert [result["attention"] for result in found] == ["exact", "int8"]
     assert all(result["tokens_per_second"] > 0 and result["mfu"] > 0 for result in found)
+
+
+def test_the_document_shows_the_table_of_the_record():
+    record = json.loads((ROOT / "train/configs/results/int8_pretraining.json").read_text())
+    assert table(record["results"]) in (ROOT / "docs/pretraining.md").read_text()
+    finished = {f"{arm}-{rows}-{seed}" for arm, rows, seed in _runs(record)}
+    assert finished == set(record["curves"]) == set(record["validation"])
+    assert {arm for arm, _, _ in _runs(record)} == set(ARMS) - set(record["not_finished"])
+
+
+def _runs(record):
+    context = record["settings"]["context"]
+    return [
+        (result["arm"], result["tokens_per_step"] // context, result["seed"])
+        for result in record["results"]
+    ]

@@ -1,12 +1,13 @@
 """Several devices beside one: some cases on fake CPU devices, the others with made-up times."""
 
+import dataclasses
 import json
 
 import pytest
 
 from train import scaling_cases
 from train.configs.stitching_speed import Speed
-from train.scaling import measure, save, table
+from train.scaling import measure, measured, save, table
 from train.scaling_cases import Scaling
 
 TINY = {
@@ -31,6 +32,12 @@ def test_a_long_sequence_and_a_run_that_changes_its_devices(tmp_path):
     assert 0 <= run["difference"] < 1e-4
     assert run["losses"][-1] < run["losses"][0] - 0.1
     assert json.loads(scaling.output.read_text())["cases"] == found
+    more = dataclasses.replace(scaling, cases=("context", "losses", "resume"))
+    assert measured(more) == found  # whatever else is asked for
+    assert [case for case, _ in measure(more, {*found, "losses"})] == []
+    with pytest.raises(ValueError, match=r"x.json was measured with settings = .*choose another"):
+        measured(dataclasses.replace(scaling, heads=4))
+    assert measured(dataclasses.replace(scaling, output=tmp_path / "none.json")) == {}
     assert scaling.output.with_suffix(".png").stat().st_size > 5_000
     assert len(table(found).splitlines()) == 2 + 3 + 1
 

@@ -4,12 +4,20 @@ The questions of arXiv:2603.02170: is the loss of INT8 attention that of exact a
 at many tokens a step; what do QK-norm and the smoothing of keys do.
 
 Command    python -m train.configs.int8_pretraining --help
+           python -m train.configs.int8_pretraining --output runs/int8-pretraining --batch-sizes 64
            python -m train.configs.int8_pretraining --output runs/int8-pretraining
+               --batch-sizes 512 --each.accumulate 8
            python -m train.plot runs/int8-pretraining/*-64-* --group seed
            Repeating it goes on; --time-limit cuts it into pieces; --arms, --batch-sizes and --seeds
            into parts that may run at once into one folder, each on a GPU of its own.
-Hardware   not measured yet
-Outcome    not measured yet
+Hardware   H200s, three trainings at once on each, jax 0.11.2
+Outcome    results/int8_pretraining.json; validation loss over that of exact attention with QK-norm,
+           mean and standard deviation of three seeds, at 64 rows (512 rows, which are 192 steps):
+           INT8                         +0.27 ± 0.15 % (+0.5 ± 2.5)
+           exact without QK-norm        +1.93 ± 0.30 % (+14.2 ± 1.2)
+           INT8 without QK-norm         +1.87 ± 0.50 % (+14.5 ± 3.8)
+           INT8 with keys not smoothed  +0.30 ± 0.19 % (+1.0 ± 3.8)
+           int8-queries-smoothed, which has no kernels, was not finished and is not in the record.
 """
 
 import dataclasses

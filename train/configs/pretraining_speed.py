@@ -3,11 +3,13 @@
 Command    python -m train.configs.pretraining_speed --help
            python -m train.configs.pretraining_speed --json pretraining_speed.json
            python -m train.configs.pretraining_speed --remat none --no-across-documents
-Hardware   one H200, jax 0.11.2
-Outcome    results/pretraining_speed.json; tokens/s and MFU at a context of 4,096:
+Hardware   one H100 and one H200, jax 0.11.2
+Outcome    results/pretraining_speed.json; tokens/s and MFU at a context of 4,096, on the H200:
            keep_products                       exact 190,640 47.2 %, INT8 188,019 46.5 %, 0.986
            --remat none                        exact 194,329 48.1 %, INT8 188,682 46.7 %, 0.971
            --remat none --no-across-documents  exact 164,485 40.7 %, INT8 186,508 46.2 %, 1.134
+           and on the H100:
+           --remat none --no-across-documents  exact 155,953 38.6 %, INT8 175,559 43.5 %, 1.126
 
 The text is bytes, in a vocabulary as large as the preset's, 50,304, so that the head costs what it
 costs. Tokens attend to the documents before theirs, as in SageBwd's experiments; with
