@@ -203,6 +203,11 @@ plt.grid(alpha=0.3)
 _ = plt.legend()
 
 # %% [markdown]
+# Two things are seen here. The model that learned with residuals is better even when nothing is fed
+# back: all three of its passes learned from each problem. With strict thresholds the residual then
+# saves steps and corrects answers; where many tokens are settled at once, it adds nothing. More
+# problems and seeds, Sudokus, and where RCD loses: `docs/residual_context.md`.
+#
 # ## Try next
 #
 # * `residual_of(cards["rcd"], temperature=2.0, temper_vector=True)` feeds back a softer prediction.

@@ -17,7 +17,8 @@ Outcome    results/int8_pretraining.json; validation loss over that of exact att
            exact without QK-norm        +1.93 ± 0.30 % (+14.2 ± 1.2)
            INT8 without QK-norm         +1.87 ± 0.50 % (+14.5 ± 3.8)
            INT8 with keys not smoothed  +0.30 ± 0.19 % (+1.0 ± 3.8)
-           int8-queries-smoothed, which has no kernels, was not finished and is not in the record.
+           int8-queries-smoothed, which has no kernels, was stopped at step 1,501 of 1,536: +0.08 ±
+           0.08 % at step 1,500, where INT8 was at +0.27 ± 0.15.
 """
 
 import dataclasses
