@@ -17,7 +17,7 @@
 # SageBwd rounds queries, keys, values and most of their gradients to 8 bits while a model is
 # pretrained ([arXiv 2603.02170](https://arxiv.org/abs/2603.02170)). This notebook trains a tiny
 # language model both ways on a CPU, looks at what rounding does in each layer, and then draws a
-# record of 30 trainings of a model of 10 million parameters on GPUs, with three seeds each.
+# record of a model of 10 million parameters on GPUs: 30 trainings, ten settings with three seeds.
 #
 # On a CPU, INT8 attention is the arithmetic alone: it rounds as the kernels do and is not fast.
 

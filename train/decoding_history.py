@@ -11,7 +11,7 @@ from jaxgen.models import DiffusionLM
 from jaxgen.sampling import BlockDiffusion, answers_of, decode_steps
 from train.problems import CHARACTERS, EOS, MASK
 
-NAMES = ("end", "mask", *CHARACTERS.replace(" ", "␣").replace("\n", "⏎"))
+TOKEN_NAMES = ("end", "mask", *CHARACTERS.replace(" ", "␣").replace("\n", "⏎"))
 """What is shown of every token."""
 
 
@@ -53,5 +53,5 @@ def colored(states: Sequence[Int[np.ndarray, " answer"]]) -> str:
         shade = [int(255 * part) for part in colors(step / (len(states) - 1))[:3]]
         ink = "black" if sum(shade) > 380 else "white"
         style = f"background:rgb({shade[0]},{shade[1]},{shade[2]});color:{ink}"
-        spans.append(f'<span style="{style}">{html.escape(NAMES[token])}</span>')
+        spans.append(f'<span style="{style}">{html.escape(TOKEN_NAMES[token])}</span>')
     return f"<code>{''.join(spans)}</code>"

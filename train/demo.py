@@ -156,8 +156,8 @@ def train_from_scratch(config: Config, folder: Path) -> tuple[list[Row], Path]:
     return result.rows, max((folder / "run" / "samples").glob("*.png"))
 
 
-def write_report(config: Config, drawn: list[Drawn], middle: str, rows: list[Row]) -> Path:
-    """Write one HTML page that shows everything; `middle` is a part of it."""
+def write_report(config: Config, drawn: list[Drawn], sections: str, rows: list[Row]) -> Path:
+    """Write one HTML page that shows everything; `sections` are its middle."""
     models = "".join(
         f"<tr><td>{html.escape(one.name)}<td>{one.parameters / 1e6:.1f} M"
         f"<td>{one.seconds_to_compile:.0f} s<td>{one.seconds_a_picture:.2f} s"
@@ -177,7 +177,7 @@ tone that no picture in training showed.</p>
 <table><tr><th>model<th>parameters<th>compilation<th>time a picture</tr>{models}</table>
 <p>On {html.escape(jax.devices()[0].device_kind)}.</p>
 <p><img src="grid.png" alt="grid of captions and models"></p>
-{middle}<h2>Training from scratch with INT8 attention</h2>
+{sections}<h2>Training from scratch with INT8 attention</h2>
 <p>{rows[-1]["step"]} steps in {config.train_seconds:.0f} seconds, compilation included. The loss
 went from {_show(rows[0]["loss"])} to {_show(rows[-1]["loss"])}.</p>
 <p><img src="loss.png" alt="loss over steps"></p>

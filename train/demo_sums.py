@@ -18,7 +18,7 @@ from train.decoding_sweep import residual_of
 from train.diffusion_lm_parts import answer, load_export, make_decoder
 from train.problem_data import Table, make_table, verdict
 
-NAMES: Mapping[str, str] = {"seqd": "without residual", "rcd": "with residual (RCD)"}
+MODELS: Mapping[str, str] = {"seqd": "without residual", "rcd": "with residual (RCD)"}
 """Models in words, by the end of the name of their folder."""
 
 THRESHOLDS = (0.7, 0.9)
@@ -44,7 +44,7 @@ class Solver:
             config["task"], config["levels"], problems, split="test", block_length=block
         )
         decoders = {t: make_decoder(config["sight"], block, t, residual) for t in THRESHOLDS}
-        return cls(NAMES[name], model, table, decoders)
+        return cls(MODELS[name], model, table, decoders)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ def solve(solver: Solver) -> Iterator[Solved]:
         yield Solved(solver.name, threshold, found["accuracy"], found["steps"])
 
 
-def lines(solver: Solver, row: int) -> str:
+def line(solver: Solver, row: int) -> str:
     """Return one answer with the last threshold, as a row of an HTML table."""
     decoder = solver.decoders[THRESHOLDS[-1]]
     table = solver.table
@@ -91,15 +91,15 @@ def section(solvers: Sequence[Solver], solved: Sequence[Solved], examples: Seque
     problems = solvers[0].table.problems
     shown = "".join(
         f"<p><b>{html.escape(problems[row].prompt)}</b></p>"
-        f"<table>{''.join(lines(solver, row) for solver in solvers)}</table>"
+        f"<table>{''.join(line(solver, row) for solver in solvers)}</table>"
         for row in examples
     )
     return f"""<h2>A language model that writes in any order</h2>
 <p>Two diffusion language models do {len(problems)} sums, one operation after the other. At each
 step they predict all tokens and settle those surer than a threshold. The first model drops the
 other predictions; the second feeds them back to its next step (Residual Context Diffusion, arXiv
-2601.22954, where every pass learns). Both trained on as many problems; a step of the second one's
-training cost three times as much.</p>
+2601.22954, where every pass learns). Both trained on as many problems, of which the second one made
+three passes where the first made one.</p>
 <table><tr><th>model<th>threshold<th>right<th>steps an answer</tr>{rows}</table>
 <p>The color of a character is the step that settled it, from dark to bright, with a threshold of
 {THRESHOLDS[-1]:g}:</p>
@@ -116,10 +116,10 @@ def show(weights: Path, problems: int) -> str:
     Returns:
         The part of the report, as HTML; empty unless there are both models.
     """
-    folders = {name: weights / f"arithmetic-{name}" for name in NAMES}
+    folders = {name: weights / f"arithmetic-{name}" for name in MODELS}
     for folder in folders.values():
-        if not folder.is_dir():
-            print(f"   skipped, there is no {folder.name}")
+        if not all((folder / name).is_file() for name in ("card.json", "config.json")):
+            print(f"   skipped, there is no model {folder.name}")
             return ""
     _print_row("model", "threshold", "right", "steps")
     solvers = [Solver.load(name, folder, problems) for name, folder in folders.items()]

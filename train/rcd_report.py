@@ -26,7 +26,8 @@ class Report:
         python -m train.rcd_report train/configs/results/rcd_experiment.json
             --parts three_seeds/runs/arithmetic three_seeds/runs/sudoku --plot rcd.png
 
-    prints the tables beside the figure of docs/residual_context.md, and draws that figure.
+    prints the tables beside the figure of docs/residual_context.md, and draws it (there without
+    rcd-stale-restart).
     """
 
     results: Path

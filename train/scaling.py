@@ -3,9 +3,10 @@
 Command    NCCL_NVLS_ENABLE=0 python -m train.scaling --output runs/scaling.json
 Hardware   two H200, jax 0.11.2
 Outcome    results/scaling.json, which has no "resume" and no "hybrid" yet: the 325M model with INT8
-           attention 1.98 times as fast on two as on one data parallel and 2.04 with FSDP; losses of
-           tensor parallel within 1.3e-4 of one device's, of context parallel within 5e-7; INT8
-           attention over 65,536 tokens 133.5 ms on one, 69.1 on two, with INT8 on the wire or not
+           attention 1.98 times as fast on two as on one data parallel and 2.04 with FSDP; the first
+           loss of tensor parallel within 1.3e-4 of one device's, of context parallel within 5e-7;
+           INT8 attention over 65,536 tokens 133.5 ms on one, 69.1 on two, with INT8 on the wire or
+           not
 """
 
 import dataclasses
@@ -102,19 +103,26 @@ def measured(scaling: Scaling) -> dict[str, list[Record]]:
     """Return the cases that are in the output already.
 
     Raises:
-        ValueError: The file is no record, or one with other settings, of other devices or another
-            jax.
+        ValueError: The file is no record, or one with other settings of these cases, of other
+            devices or another jax.
+        OSError: It cannot be read.
     """
     if scaling.output is None or not scaling.output.exists():
         return {}
     record = parse_json_object(scaling.output.read_bytes(), str(scaling.output))
-    for name, value in _about(scaling).items():
-        if record.get(name) != value:
-            raise ValueError(
-                f"{scaling.output} was measured with {name} = {record.get(name)}, not {value}; "
-                "choose another --output"
-            )
-    return record["cases"]
+    cases = record.get("cases")
+    if not isinstance(cases, dict) or not isinstance(record.get("settings"), dict):
+        raise ValueError(f"{scaling.output} is no record of train.scaling; choose another --output")
+    now, then = _about(scaling), record
+    now, then = now | now.pop("settings"), then | then["settings"]
+    if "hybrid" not in cases:
+        del now["stitching"]
+    other = [f"{name} = {then.get(name)}" for name in now if then.get(name) != now[name]]
+    if other:
+        raise ValueError(
+            f"{scaling.output} was measured with {', '.join(other)}; choose another --output"
+        )
+    return cases
 
 
 def save(scaling: Scaling, found: Mapping[str, list[Record]]) -> None:
@@ -134,7 +142,7 @@ def main() -> None:
     scaling = tyro.cli(Scaling, prog="python -m train.scaling")
     try:
         found = measured(scaling)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"train.scaling: {error}")
     for case, records in measure(scaling, found):
         found[case] = records

@@ -17,7 +17,7 @@ from jaxgen.pipelines import StitchedTextToImage, TextToImage
 from jaxgen.sampling import Alone, HybridStitch, SRDiffusion, TStitch
 from jaxgen.text import WordTokenizer
 from train import demo, demo_samplers, demo_sums, openmoji, stitching
-from train.decoding_history import NAMES, colored, history
+from train.decoding_history import TOKEN_NAMES, colored, history
 from train.diffusion_lm_parts import answer
 from train.problems import EOS, MASK
 from train.scores import peak_signal_to_noise
@@ -51,7 +51,9 @@ def weights(few_emojis, tmp_path):
     return tmp_path / "weights"
 
 
-def test_demo_writes_pictures_and_a_report(few_emojis, weights, tmp_path, capsys):
+def test_demo_writes_pictures_and_a_report(few_emojis, weights, tmp_path, capsys, monkeypatch):
+    show = demo_sums.show
+    monkeypatch.setattr(demo_sums, "show", lambda *given: show(*given) + "<p>sums</p>")
     mine = tmp_path / "output" / "mine.txt"
     mine.parent.mkdir()
     mine.write_text("keep me")
@@ -82,7 +84,8 @@ def test_demo_writes_pictures_and_a_report(few_emojis, weights, tmp_path, capsys
         assert samplers == ["large only", "T-Stitch, 40", "SRDiffusion, 50", "HybridStitch, 22"]
         assert "reconstruction from the abstract" in text
     assert "3. 3 sums" in printed
-    assert "skipped, there is no arithmetic-seqd" in printed
+    assert "skipped, there is no model arithmetic-seqd" in printed
+    assert report.index("samplers.png") < report.index("<p>sums</p>") < report.index("loss.png")
     assert "writes in any order" not in report
     numbers = [printed.index(f"{number}. ") for number in range(1, 5)]
     assert numbers == sorted(numbers)
@@ -180,7 +183,7 @@ def test_sums_are_what_the_shipped_models_answer(capsys):
     weights = Path(__file__).parents[2] / "weights"
     page = demo_sums.show(weights, 3)
     printed = capsys.readouterr().out
-    for name in demo_sums.NAMES:
+    for name in demo_sums.MODELS:
         solver = demo_sums.Solver.load(name, weights / f"arithmetic-{name}", 3)
         for threshold, decoder in solver.decoders.items():
             found = answer(solver.model, solver.table, decoder).summary()
@@ -191,7 +194,7 @@ def test_sums_are_what_the_shipped_models_answer(capsys):
         alone = answer(solver.model, solver.table, decoder)
         assert (states[-1] == alone.tokens[0]).all()
         assert len(states) - 1 == alone.steps[0]
-        text = "".join(NAMES[token] for token in states[-1]).partition("end")[0]
+        text = "".join(TOKEN_NAMES[token] for token in states[-1]).partition("end")[0]
         assert re.sub("<[^>]+>", "", colored(states)) == html.escape(text)
         assert html.escape(solver.table.problems[0].prompt) in page
         assert colored(states) in page
@@ -205,7 +208,7 @@ def test_colors_tell_the_step():
         np.array([digit, other, EOS, EOS]),
     ]
     found = re.findall(r"rgb\((\d+),(\d+),(\d+)\);color:(\w+)\">(.)<", colored(states))
-    assert [cells[4] for cells in found] == [NAMES[digit], NAMES[other]]
+    assert [cells[4] for cells in found] == [TOKEN_NAMES[digit], TOKEN_NAMES[other]]
     early, late = (np.array(cells[:3], int) for cells in found)
     assert late.sum() > early.sum()  # bright is late
     assert found[1][3] == "black"

@@ -39,6 +39,19 @@ def test_methods_are_compared_as_their_record_says(group, task):
     assert table in (ROOT / "docs" / "residual_context.md").read_text()
 
 
+def test_what_the_residual_of_the_shipped_pair_is_worth_is_as_recorded():
+    pair = json.loads((RESULTS / "rcd_experiment.json").read_text())["shipped_pair"]
+    baseline = {point["threshold"]: point for point in pair["runs"]["arithmetic"]["seqd-0"]}
+    text = (ROOT / "docs" / "residual_context.md").read_text()
+    for points in zip(*(pair["same_problems"][name] for name in ("with", "without")), strict=True):
+        threshold = points[0]["threshold"]
+        cells = [
+            f"{100 * point['accuracy']:.1f} % after {point['steps']:.1f} steps"
+            for point in (*points, baseline[threshold])
+        ]
+        assert f"| {threshold:g} | {' | '.join(cells)} |" in text
+
+
 @pytest.mark.parametrize("prompts", ["captions", "empty"])
 def test_samplers_are_compared_as_their_records_say(prompts):
     found = json.loads((RESULTS / f"stitching_openmoji_{prompts}.json").read_text())

@@ -107,6 +107,10 @@ def test_methods_differ_in_what_their_names_say(tmp_path):
     runs = {method: plan.run(method, 1) for method in METHODS}
     warm = runs.pop("rcd-warm")
     assert warm == runs["rcd"]
+    more = plan.sweep("rcd-every-one-2-restart-often", 1)
+    assert more.models == plan.sweep("rcd-every-one-2", 1).models
+    assert more.restart == 2
+    assert runs.pop("rcd-every-one-2-restart-often") == runs["rcd-every-one-2"]
     for method in [method for method in METHODS if method.endswith("-restart")]:
         trained = method.removesuffix("-restart")
         assert runs.pop(method) == runs[trained]

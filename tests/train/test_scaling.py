@@ -35,11 +35,29 @@ def test_a_long_sequence_and_a_run_that_changes_its_devices(tmp_path):
     more = dataclasses.replace(scaling, cases=("context", "losses", "resume"))
     assert measured(more) == found  # whatever else is asked for
     assert [case for case, _ in measure(more, {*found, "losses"})] == []
-    with pytest.raises(ValueError, match=r"x.json was measured with settings = .*choose another"):
+    with pytest.raises(ValueError, match=r"x.json was measured with heads = 2; choose another"):
         measured(dataclasses.replace(scaling, heads=4))
     assert measured(dataclasses.replace(scaling, output=tmp_path / "none.json")) == {}
     assert scaling.output.with_suffix(".png").stat().st_size > 5_000
     assert len(table(found).splitlines()) == 2 + 3 + 1
+
+
+def test_a_record_is_continued_only_where_it_was_measured_alike(tmp_path):
+    scaling = Scaling(output=tmp_path / "x.json", **TINY)
+    faster = dataclasses.replace(scaling, stitching=Speed(runs=1))
+    save(scaling, {"context": []})
+    assert list(measured(faster)) == ["context"]  # which has no diffusion models
+    save(scaling, {"context": [], "hybrid": []})
+    with pytest.raises(ValueError, match="measured with stitching = "):
+        measured(faster)
+    record = json.loads(scaling.output.read_text())
+    scaling.output.write_text(json.dumps(record | {"device": "abacus"}))
+    with pytest.raises(ValueError, match="measured with device = abacus; choose another"):
+        measured(scaling)
+    for text, message in (("{}", "no record of train.scaling"), ("{", "x.json")):
+        scaling.output.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            measured(scaling)
 
 
 def test_speeds_and_losses_are_compared_with_one_device(monkeypatch):
