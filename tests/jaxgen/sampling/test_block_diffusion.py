@@ -122,6 +122,12 @@ CASES = {
         4, ResidualContext(init="self"), cache="dual", unmasking=Unmasking(0.5, inclusive=True)
     ),
     "dual, plain": bidirectional(3, cache="dual"),
+    "guided, reference restarts": bidirectional(
+        16, ResidualContext(init="reference", restart=2), cfg_scale=0.8, unmasking=Unmasking(0.5)
+    ),
+    "guided, dual, restarts": bidirectional(
+        5, ResidualContext(restart=2), cfg_scale=2.0, cache="dual", unmasking=Unmasking(0.5)
+    ),
     "guided": bidirectional(cfg_scale=1.5, unmasking=Unmasking(0.5)),
     "guided, reference": bidirectional(
         16, ResidualContext(init="reference"), cfg_scale=0.8, unmasking=Unmasking(0.5)
