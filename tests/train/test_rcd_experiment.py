@@ -129,7 +129,7 @@ def test_methods_differ_in_what_their_names_say(tmp_path):
     export = tmp_path / "first-1" / "export"
     assert {run.start_from for run in runs.values()} == {export}
     assert [m for m, run in runs.items() if run.reference is None] == [
-        "seqd", "seqd-double", "rcd-own", "rcd-own-2", "rcd-own-one",
+        "seqd", "seqd-double", "seqd-triple", "rcd-own", "rcd-own-2", "rcd-own-one",
         "rcd-every", "rcd-every-one", "rcd-every-one-2",
     ]  # fmt: skip
     own = {method: runs[method].training() for method in METHODS if method in runs}
@@ -144,8 +144,10 @@ def test_methods_differ_in_what_their_names_say(tmp_path):
     assert [m for m in every + last_alone if own[m].residual.weighting == "one"] == [
         "rcd-every-one", "rcd-every-one-2", "rcd-own-one",
     ]  # fmt: skip
-    assert [m for m, run in runs.items() if not run.feeds_back] == ["seqd", "seqd-double"]
-    assert runs["seqd-double"].batch_size == 2 * runs["seqd"].batch_size
+    plain = [m for m, run in runs.items() if not run.feeds_back]
+    assert plain == ["seqd", "seqd-double", "seqd-triple"]
+    sizes = [runs[method].batch_size for method in plain]
+    assert sizes == [size * runs["seqd"].batch_size for size in (1, 2, 3)]
     assert runs["rcd"].training().residual.weighting == "entropy"
     assert runs["rcd-fixed"].training().residual.weighting == "fixed"
     assert runs["rcd-one"].training().residual.weighting == "one"
@@ -156,7 +158,7 @@ def test_methods_differ_in_what_their_names_say(tmp_path):
         tuple((name, value) for name, value in vars(run).items() if name not in left_out)
         for run in runs.values()
     }
-    assert len(same) == 14  # rcd and seqd differ in nothing else
+    assert len(same) == 15  # rcd and seqd differ in nothing else
 
 
 def test_the_command_line_reaches_the_first_training():

@@ -56,6 +56,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "seqd": {},
         "seqd-double": {"batches": 2},
+        "seqd-triple": {"batches": 3},
         "rcd": {"reference": True},
         "rcd-warm": {"of": "rcd", "init": "reference"},
         "rcd-cold": {"reference": True, "cold_share": 0.5},
@@ -88,7 +89,8 @@ paper's LLaDA does; that pass counts as a step. "rcd-cold" learns to start from 
 "rcd-own" is fed back its own such predictions, where the others are fed the first model's,
 "rcd-own-2" those of two passes, and "rcd-own-one" nothing but them, without the mask's embedding.
 Of "rcd-every" all passes learn, the first, cold one as well: its steps cost two of SeqD's, those of
-"rcd-every-one-2" three. "seqd-double" has batches twice as large: as costly as two, with more data.
+"rcd-every-one-2" three. "seqd-double" and "seqd-triple" have batches two and three times as large:
+as costly as those, with more data.
 Those that end in "-restart" are the same models (`of`), decoded with `ResidualContext.restart`: as
 many steps with a residual follow one another as they learned from. "-restart-often": every other
 step begins with nothing.
@@ -113,8 +115,8 @@ class Experiment:
     rcd-own-2 (after two passes), rcd-own-one (with weight 1), rcd-every, rcd-every-one and
     rcd-every-one-2 (all passes learn), rcd-stale, rcd-own-one and the three rcd-every with -restart
     after their names (the same models, decoded with restarts; with more of them in
-    rcd-every-one-2-restart-often), seqd-double (larger batches), and the ablations rcd-fixed,
-    rcd-one, rcd-top1, rcd-stop-vector."""
+    rcd-every-one-2-restart-often), seqd-double and seqd-triple (larger batches), and the
+    ablations rcd-fixed, rcd-one, rcd-top1, rcd-stop-vector."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of initialization, order and masks."""
     thresholds: tuple[float, ...] = decoding_sweep.THRESHOLDS
