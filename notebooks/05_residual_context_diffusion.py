@@ -33,10 +33,9 @@ import numpy as np
 from IPython.display import HTML, display
 
 from jaxgen.sampling import mix_residual
-from train.decoding_history import TOKEN_NAMES, colored, history
-from train.decoding_sweep import residual_of
+from train.decoding_history import TOKEN_NAMES, history, table_row
+from train.decoding_sweep import residual_of, table_for
 from train.diffusion_lm_parts import answer, load_export, make_decoder
-from train.problem_data import make_table, verdict
 from train.problems import EOS, MASK
 
 ROOT = next(p for p in [Path.cwd(), *Path.cwd().parents] if (p / "pyproject.toml").exists())
@@ -58,13 +57,7 @@ for name in ("seqd", "rcd"):
 # result. A program checks every step, so accuracy is exact.
 
 # %%
-table = make_table(
-    "arithmetic",
-    config["levels"],
-    32 if TINY else 96,
-    split="test",
-    block_length=config["block_length"],
-)
+table = table_for(cards["rcd"], 32 if TINY else 96)
 for problem in table.problems[:4]:
     print(problem.prompt, problem.solution)
 
@@ -83,18 +76,11 @@ def steps_of(name, row):
     return history(models[name], table.prompts[row], decoders[name], table.layout.answer)
 
 
-def line(name, row):
-    """A row of a table: an answer in colors, how many steps it took and whether it is right."""
-    states = steps_of(name, row)
-    right = "right" if verdict(table.problems[row], states[-1]).correct else "wrong"
-    cells = name, f"{len(states) - 1} steps, {right}", colored(states)
-    return f"<tr>{''.join(f'<td>{cell}' for cell in cells)}"
-
-
 longest = np.argsort([-problem.level for problem in table.problems], kind="stable")[:3]
 for row in longest:
-    lines = "".join(line(name, row) for name in models)
-    display(HTML(f"<b>{table.problems[row].prompt}</b><table>{lines}</table>"))
+    problem = table.problems[row]
+    lines = "".join(table_row(name, problem, steps_of(name, row)) for name in models)
+    display(HTML(f"<b>{problem.prompt}</b><table>{lines}</table>"))
 
 # %% [markdown]
 # ## What is dropped

@@ -9,7 +9,8 @@ from jaxtyping import Int, Int32
 
 from jaxgen.models import DiffusionLM
 from jaxgen.sampling import BlockDiffusion, answers_of, decode_steps
-from train.problems import CHARACTERS, EOS, MASK
+from train.problem_data import verdict
+from train.problems import CHARACTERS, EOS, MASK, Problem
 
 TOKEN_NAMES = ("end", "mask", *CHARACTERS.replace(" ", "␣").replace("\n", "⏎"))
 """What is shown of every token."""
@@ -55,3 +56,16 @@ def colored(states: Sequence[Int[np.ndarray, " answer"]]) -> str:
         style = f"background:rgb({shade[0]},{shade[1]},{shade[2]});color:{ink}"
         spans.append(f'<span style="{style}">{html.escape(TOKEN_NAMES[token])}</span>')
     return f"<code>{''.join(spans)}</code>"
+
+
+def table_row(name: str, problem: Problem, states: Sequence[Int[np.ndarray, " answer"]]) -> str:
+    """Returns a row of an HTML table: who answers, in how many steps, right or wrong, and how.
+
+    Args:
+        name: of the model.
+        problem: what is answered.
+        states: the answer before the first step and after each.
+    """
+    right = "right" if verdict(problem, states[-1]).correct else "wrong"
+    cells = html.escape(name), f"{len(states) - 1} steps, {right}", colored(states)
+    return f"<tr>{''.join(f'<td>{cell}' for cell in cells)}"

@@ -19,7 +19,7 @@ from jaxgen.checkpoints import write_atomically
 from jaxgen.sampling import ResidualContext
 from jaxgen.sampling.residual_context import Init
 from train.diffusion_lm_parts import Answers, answer, load_export, make_decoder
-from train.problem_data import TASKS, make_table
+from train.problem_data import TASKS, Table, make_table
 
 type Point = dict[str, Any]
 
@@ -110,6 +110,23 @@ def residual_of(card: Mapping[str, Any], **options: Any) -> ResidualContext | No
     return ResidualContext(weighting=config["weighting"], source=config["source"], **options)
 
 
+def table_for(
+    card: Mapping[str, Any], problems: int, *, levels: Sequence[int] = (), **options: Any
+) -> Table:
+    """Returns problems of the kind that a model was trained on, in rows as it learned them.
+
+    Args:
+        card: of its export.
+        problems: how many.
+        levels: theirs; those that it was trained on if none are given.
+        **options: of `make_table`; the problems are test problems unless `split` says otherwise.
+    """
+    config = card["config"]
+    block = config["block_length"] if config["sight"] == "block_causal" else 1
+    options = {"split": "test", "block_length": block} | options
+    return make_table(config["task"], levels or config["levels"], problems, **options)
+
+
 def reference_of(card: Mapping[str, Any], place: Path | None = None) -> Path:
     """Returns the folder of the model whose predictions start blocks with --init reference.
 
@@ -150,14 +167,8 @@ def carry_out(sweep: Sweep, *, show_progress: bool = True) -> list[Point]:
             config = card.get("config", {})
             if config.get("task") not in TASKS:
                 raise ValueError(f"{folder} holds no model that was trained on problems")
-            table = make_table(
-                config["task"],
-                sweep.levels or config["levels"],
-                sweep.problems,
-                split=sweep.split,
-                workers=sweep.workers,
-                block_length=config["block_length"] if config["sight"] == "block_causal" else 1,
-            )
+            options = {"levels": sweep.levels, "split": sweep.split, "workers": sweep.workers}
+            table = table_for(card, sweep.problems, **options)
             residual = None
             if not sweep.without_residual:
                 residual = residual_of(

@@ -13,10 +13,10 @@ import numpy as np
 
 from jaxgen.models import DiffusionLM
 from jaxgen.sampling import BlockDiffusion
-from train.decoding_history import colored, history
-from train.decoding_sweep import residual_of
+from train.decoding_history import history, table_row
+from train.decoding_sweep import residual_of, table_for
 from train.diffusion_lm_parts import answer, load_export, make_decoder
-from train.problem_data import Table, make_table, verdict
+from train.problem_data import Table
 
 MODELS: Mapping[str, str] = {"seqd": "without residual", "rcd": "with residual (RCD)"}
 """Models in words, by the end of the name of their folder."""
@@ -39,12 +39,9 @@ class Solver:
         """Returns the model of a folder, with test problems of the kind that it learned."""
         model, card = load_export(folder, precision="float32")
         config, residual = card["config"], residual_of(card)
-        block = config["block_length"]
-        table = make_table(
-            config["task"], config["levels"], problems, split="test", block_length=block
-        )
-        decoders = {t: make_decoder(config["sight"], block, t, residual) for t in THRESHOLDS}
-        return cls(MODELS[name], model, table, decoders)
+        how = config["sight"], config["block_length"]
+        decoders = {at: make_decoder(*how, at, residual) for at in THRESHOLDS}
+        return cls(MODELS[name], model, table_for(card, problems), decoders)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +78,7 @@ def line(solver: Solver, row: int) -> str:
     decoder = solver.decoders[THRESHOLDS[-1]]
     table = solver.table
     states = history(solver.model, table.prompts[row], decoder, table.layout.answer)
-    right = "right" if verdict(table.problems[row], states[-1]).correct else "wrong"
-    return f"<tr><td>{solver.name}<td>{len(states) - 1} steps, {right}<td>{colored(states)}"
+    return table_row(solver.name, table.problems[row], states)
 
 
 def section(solvers: Sequence[Solver], solved: Sequence[Solved], examples: Sequence[int]) -> str:

@@ -113,11 +113,12 @@ def measured(scaling: Scaling) -> dict[str, list[Record]]:
     cases = record.get("cases")
     if not isinstance(cases, dict) or not isinstance(record.get("settings"), dict):
         raise ValueError(f"{scaling.output} is no record of train.scaling; choose another --output")
-    now, then = _about(scaling), record
-    now, then = now | now.pop("settings"), then | then["settings"]
+    wanted = _about(scaling)
+    wanted |= wanted.pop("settings")
     if "hybrid" not in cases:
-        del now["stitching"]
-    other = [f"{name} = {then.get(name)}" for name in now if then.get(name) != now[name]]
+        del wanted["stitching"]
+    there = record | record["settings"]
+    other = [f"{name} = {there.get(name)}" for name in wanted if there.get(name) != wanted[name]]
     if other:
         raise ValueError(
             f"{scaling.output} was measured with {', '.join(other)}; choose another --output"
