@@ -57,7 +57,7 @@ class Scaling:
     """Size of a head there."""
     stitching: stitching_speed.Speed = dataclasses.field(
         default_factory=lambda: stitching_speed.Speed(
-            policies=("large", "hybridstitch"), splits=(), keep_text=(False,), runs=1
+            policies=("large", "hybridstitch"), splits=(), keep_text=(False,), runs=1, scan=True
         )
     )
     """Options of "hybrid"; small_device and output are replaced."""
@@ -186,7 +186,7 @@ def hybrid(scaling: Scaling) -> list[Record]:
     for name, device in (("both on one device", 0), ("a device each", 1)):
         speed = dataclasses.replace(scaling.stitching, small_device=device, output=None)
         found = {record["method"]: record for record in stitching_speed.measure(speed)}
-        kept = ("seconds_a_picture", "speed_up", "steps", "gib")
+        kept = ("seconds_a_picture", "seconds_compiling", "speed_up", "steps", "gib")
         records.append(
             {"way": name, "devices": device + 1} | {key: found["HybridStitch"][key] for key in kept}
         )

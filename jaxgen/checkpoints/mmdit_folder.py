@@ -62,6 +62,7 @@ def load_mmdit_folder(
     param_dtype: DTypeLike | None = None,
     attention: AttentionName = "exact",
     remat: bool = False,
+    scan: bool = False,
     sharding: Placement = None,
     progress: Progress = None,
 ) -> MMDiT:
@@ -76,6 +77,7 @@ def load_mmdit_folder(
         param_dtype: dtype of the parameters; `dtype` if None.
         attention: "exact" or "int8".
         remat: recompute each block in the backward pass.
+        scan: compile one block of each kind and loop over the weights of all.
         sharding: where the parameters go: a `jax.sharding.Sharding` for all, or a function from
             the dotted path (`blocks.0.image_mlp.up.kernel`) and our shape of a parameter to one;
             the default device if None.
@@ -100,6 +102,7 @@ def load_mmdit_folder(
         param_dtype=dtype if param_dtype is None else param_dtype,
         attention=attention,
         remat=remat,
+        scan=scan,
     )
     arrays = load_safetensors(weights)
     source = str(weights if weights.exists() else f"{weights}.index.json")
@@ -126,7 +129,7 @@ def save_mmdit_folder(
 def mmdit_config_to_json(config: MMDiTConfig) -> str:
     """Returns the architecture in the words of diffusers, as the `config.json` of a transformer.
 
-    How to compute (dtypes, attention, remat) is left to whoever loads it.
+    How to compute (dtypes, attention, remat, scan) is left to whoever loads it.
     """
     values: dict[str, Any] = {"_class_name": _CLASS, _WIDTH: config.width}
     values |= {theirs: getattr(config, ours) for theirs, ours in _FIELDS.items()}

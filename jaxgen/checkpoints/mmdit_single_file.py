@@ -148,6 +148,7 @@ def load_mmdit_single_file(
     param_dtype: DTypeLike | None = None,
     attention: AttentionName = "exact",
     remat: bool = False,
+    scan: bool = False,
     sharding: Placement = None,
     progress: Progress = None,
     sample_size: int | None = None,
@@ -164,6 +165,7 @@ def load_mmdit_single_file(
         param_dtype: dtype of the parameters; `dtype` if None.
         attention: "exact" or "int8".
         remat: recompute each block in the backward pass.
+        scan: compile one block of each kind and loop over the weights of all.
         sharding: where the parameters go, as for `load_mmdit_folder`.
         progress: called with the bytes loaded and those of all after each array; True for a bar
             on stderr.
@@ -185,6 +187,7 @@ def load_mmdit_single_file(
         param_dtype=dtype if param_dtype is None else param_dtype,
         attention=attention,
         remat=remat,
+        scan=scan,
     )
     return load_mmdit(config, arrays, source, sharding=sharding, progress=progress)
 

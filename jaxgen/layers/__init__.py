@@ -55,6 +55,7 @@ from jaxgen.layers.rotary import video_axis_dims as video_axis_dims
 from jaxgen.layers.rotary import video_rotary as video_rotary
 from jaxgen.layers.scan import make_blocks as make_blocks
 from jaxgen.layers.scan import scan_blocks as scan_blocks
+from jaxgen.layers.scan import scan_neighbours as scan_neighbours
 from jaxgen.layers.sla1_attention import ProjectionParam as ProjectionParam
 from jaxgen.layers.sla1_attention import SLA1Attention as SLA1Attention
 from jaxgen.layers.sla1_attention import sla1_from_turbodiffusion as sla1_from_turbodiffusion

@@ -1,6 +1,7 @@
 """Deep stacks of equal blocks, made and run so that compiling takes seconds at any depth."""
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -49,16 +50,48 @@ def scan_blocks(
         ValueError: the blocks differ in more than their weights.
     """
     blocks = list(blocks)
-    graphs, states = zip(*map(nnx.split, blocks), strict=True)
-    if any(graph != graphs[0] for graph in graphs):
+    if any(nnx.graphdef(block) != nnx.graphdef(blocks[0]) for block in blocks):
         raise ValueError("scan needs blocks that are alike, these have different structures")
+    return scan_neighbours(blocks, lambda block, x, _: (run(block, x), None), x)[0]
 
-    def body(x, state):
-        block = nnx.merge(graphs[0], state)
-        x = run(block, x)
-        return x, nnx.state(block, nnx.Intermediate)
 
-    x, kept = jax.lax.scan(body, x, jax.tree.map(lambda *arrays: jnp.stack(arrays), *states))
-    for number, block in enumerate(blocks):
-        nnx.update(block, jax.tree.map(lambda array, i=number: array[i], kept))
-    return x
+def scan_neighbours[Carry, Own](
+    blocks: Iterable[nnx.Module],
+    run: Callable[[Any, Carry, Any], tuple[Carry, Own]],
+    x: Carry,
+    own: Sequence[Any] | None = None,
+) -> tuple[Carry, list[Own]]:
+    """Runs blocks one after another; neighbours of one structure are a loop over their weights.
+
+    What the blocks of a loop have, weights and all of `own`, is stacked before it.
+
+    Args:
+        blocks: modules; what they keep in `nnx.Intermediate` is kept as usual.
+        run: called with a block, x and what the block has for its own; returns the next x and
+            something of its own. All are pytrees.
+        x: what the first block gets.
+        own: something for each block, of equal shapes where neighbours are alike; None: nothing.
+
+    Returns:
+        What the last block returns, and what each returns of its own.
+    """
+    blocks = list(blocks)
+    own = [None] * len(blocks) if own is None else own
+    found: list[Own] = []
+    pairs = zip(blocks, own, strict=True)
+    for graph, group in itertools.groupby(pairs, lambda pair: nnx.graphdef(pair[0])):
+        alike, given = zip(*group, strict=True)
+        states = [nnx.state(block) for block in alike]
+
+        def body(x, both, graph=graph):
+            block = nnx.merge(graph, both[0])
+            x, kept = run(block, x, both[1])
+            return x, (kept, nnx.state(block, nnx.Intermediate))
+
+        stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *zip(states, given, strict=True))
+        x, kept = jax.lax.scan(body, x, stacked)
+        for number, block in enumerate(alike):
+            mine, intermediates = jax.tree.map(lambda array, i=number: array[i], kept)
+            found.append(mine)
+            nnx.update(block, intermediates)
+    return x, found

@@ -9,7 +9,7 @@ a second, image-only attention that reads the same normalized tokens as the firs
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -32,6 +32,7 @@ from jaxgen.layers import (
     add_gated,
     attention_function,
     modulate,
+    scan_neighbours,
     unpatchify,
 )
 from jaxgen.models.fields import (
@@ -63,6 +64,9 @@ class MMDiTConfig:
         dual_attention_layers: blocks with a second, image-only attention (SD3.5-Medium).
         attention: "exact" or "int8".
         remat: recompute each block in the backward pass instead of keeping its activations.
+        scan: compile one block of each kind and loop over the weights of all, so that compiling
+            takes seconds at any depth. They are copied together first, as are the keys and values
+            of a masked pass.
         dtype: computation dtype; norms and modulation are float32 in between.
         param_dtype: dtype of the parameters.
 
@@ -84,6 +88,7 @@ class MMDiTConfig:
     dual_attention_layers: tuple[int, ...] = ()
     attention: AttentionName = "exact"
     remat: bool = False
+    scan: bool = False
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
@@ -93,7 +98,7 @@ class MMDiTConfig:
         set_field(self, "dual_attention_layers", tuple(self.dual_attention_layers))
         set_float_dtypes(self)
         require_positive(self, *_POSITIVE)
-        require_bool(self, "qk_norm", "remat")
+        require_bool(self, "qk_norm", "remat", "scan")
         require_divides(self, "patch_size", "sample_size")
         if self.sample_size // self.patch_size > self.pos_embed_max_size:
             raise ValueError(
@@ -273,10 +278,12 @@ class MMDiT(nnx.Module):
             ValueError: a shape that does not fit the configuration or the batch.
         """
         image, text, conditioning = self._embed(latents, timestep, context, pooled)
-        for number, block in enumerate(self.blocks):
-            if number not in skipped:
-                apply = _rematerialized(block) if self.config.remat else block
-                image, text = apply(image, text, conditioning)
+
+        def run(block, streams, _):
+            apply = _rematerialized(block) if self.config.remat else block
+            return apply(*streams, conditioning), None
+
+        (image, _), _ = self._through(run, (image, text), skipped=skipped)
         patches = self._predict(image, conditioning)
         return unpatchify(patches, self.config.patch_size, *latents.shape[1:3])
 
@@ -289,10 +296,12 @@ class MMDiT(nnx.Module):
     ) -> tuple[Float[Array, "batch height width out_channels"], Cache]:
         """Returns what a call returns, and the keys and values of all tokens."""
         image, text, conditioning = self._embed(latents, timestep, context, pooled)
-        cache = []
-        for block in self.blocks:
-            image, text, of_block = block.cached(image, text, conditioning)
-            cache.append(of_block)
+
+        def run(block, streams, _):
+            *streams, of_block = block.cached(*streams, conditioning)
+            return tuple(streams), of_block
+
+        (image, _), cache = self._through(run, (image, text))
         patches = self._predict(image, conditioning)
         return unpatchify(patches, self.config.patch_size, *latents.shape[1:3]), tuple(cache)
 
@@ -343,10 +352,12 @@ class MMDiT(nnx.Module):
         check_region(self.config, region, image, text)
         image = jnp.take_along_axis(image, region.rows[..., None], axis=1)
         running = None if region.keep_text else text
-        updated = []
-        for block, of_block in zip(self.blocks, region.cache, strict=True):
-            image, running, of_block = block.cached(image, running, conditioning, of_block)
-            updated.append(of_block)
+
+        def run(block, streams, of_block):
+            *streams, of_block = block.cached(*streams, conditioning, of_block)
+            return tuple(streams), of_block
+
+        (image, _), updated = self._through(run, (image, running), region.cache)
         return self._predict(image, conditioning), dataclasses.replace(region, cache=tuple(updated))
 
     def _embed(self, latents, timestep, context, pooled) -> tuple[Array, Array, Array]:
@@ -354,6 +365,25 @@ class MMDiT(nnx.Module):
         self._check(latents, timestep, context, pooled)
         image = self.patch_embedding(latents)
         return image, self.text_embedding(context), self.conditioning(timestep, pooled)
+
+    def _through(
+        self,
+        run: Callable[..., Any],
+        streams: tuple[Array, Array | None],
+        cache: Sequence[BlockCache] | None = None,
+        skipped: tuple[int, ...] = (),
+    ) -> tuple[tuple[Array, Array | None], list[Any]]:
+        """Runs all blocks; each gets both streams and its cache, and returns such."""
+        kept = [number for number in range(self.config.num_layers) if number not in skipped]
+        blocks = [self.blocks[number] for number in kept]
+        caches = [cache and cache[number] for number in kept]
+        if self.config.scan:
+            return scan_neighbours(blocks, run, streams, caches)
+        found = []
+        for block, of_block in zip(blocks, caches, strict=True):
+            streams, of_block = run(block, streams, of_block)
+            found.append(of_block)
+        return streams, found
 
     def _predict(self, image: Array, conditioning: Array) -> Array:
         """Returns the velocity of patches."""

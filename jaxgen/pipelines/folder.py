@@ -55,15 +55,15 @@ def save(
 ) -> None:
     """Write a model; see `TextToImage.save_pretrained`.
 
-    The saved configurations describe the architecture. How to compute (dtype, attention, remat)
-    is chosen by whoever loads it.
+    The saved configurations describe the architecture. How to compute (dtype, attention, remat,
+    scan) is chosen by whoever loads it.
     """
     folder = Path(folder)
     arrays = {"transformer": export_mmdit(transformer), "text_encoder": export_flat(text_encoder)}
     plain = {"dtype": jnp.float32, "param_dtype": jnp.float32}
     configs = {
         "transformer": dataclasses.replace(
-            transformer.config, attention="exact", remat=False, **plain
+            transformer.config, attention="exact", remat=False, scan=False, **plain
         ),
         "text_encoder": dataclasses.replace(text_encoder.config, **plain),
     }

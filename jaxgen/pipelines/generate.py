@@ -54,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     add("--width", type=int, default=1024, help="likewise (1024)")
     add("--dtype", default="bfloat16", help="of weights and computation (bfloat16)")
     add("--attention", choices=("exact", "int8"), default="exact", help="arithmetic (exact)")
+    add("--scan", action="store_true", help="compile a block of Stable Diffusion instead of all")
     add("--no-t5", action="store_true", help="leave T5 out")
     return made
 
@@ -89,7 +90,11 @@ def draw(arguments: argparse.Namespace) -> np.ndarray:
     }
     if (arguments.model / "model_index.json").exists():
         pipeline = StableDiffusion3.from_pretrained(
-            arguments.model, small=arguments.small, with_t5=not arguments.no_t5, **common
+            arguments.model,
+            small=arguments.small,
+            with_t5=not arguments.no_t5,
+            scan=arguments.scan,
+            **common,
         )
         sizes = {"height": arguments.height, "width": arguments.width}
         negative = arguments.negative

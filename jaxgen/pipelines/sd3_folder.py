@@ -60,6 +60,7 @@ def load(
     small: str | os.PathLike | None,
     dtype: DTypeLike,
     attention: AttentionName,
+    scan: bool,
     with_t5: bool,
     t5_tokens: int,
     sharding: Placement,
@@ -70,7 +71,7 @@ def load(
     folder = Path(folder)
     check_index(folder)
     options: dict[str, Any] = {"dtype": dtype, "attention": attention}
-    options |= {"progress": progress}
+    options |= {"scan": scan, "progress": progress}
     transformer = load_mmdit_folder(folder / "transformer", sharding=sharding, **options)
     other = None
     if small is not None:

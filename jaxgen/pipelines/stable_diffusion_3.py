@@ -84,6 +84,7 @@ class StableDiffusion3:
         small: str | os.PathLike | None = None,
         dtype: DTypeLike = jnp.bfloat16,
         attention: AttentionName = "exact",
+        scan: bool = False,
         with_t5: bool = True,
         t5_tokens: int = 256,
         sharding: Placement = None,
@@ -98,6 +99,8 @@ class StableDiffusion3:
             small: Folder of another such pipeline, of which only the transformer is read.
             dtype: Floating dtype of weights and computation.
             attention: Arithmetic of the transformers' attention, "exact" or "int8".
+            scan: Compile one block of each kind of the transformers and loop over the weights of
+                all: the first picture comes sooner, and the weights are in memory twice.
             with_t5: False leaves T5 out, more than half of the weights of SD3-Medium's folder; the
                 models were trained to do without it now and then.
             t5_tokens: Tokens of T5 in the context, up to 512.
@@ -119,6 +122,7 @@ class StableDiffusion3:
             small=small,
             dtype=dtype,
             attention=attention,
+            scan=scan,
             with_t5=with_t5,
             t5_tokens=t5_tokens,
             sharding=sharding,

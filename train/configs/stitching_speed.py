@@ -94,6 +94,8 @@ class Speed:
     """Whether the large model remembers the text in hybrid steps; each is measured."""
     target: float = 1.83
     """Speed-up for which a split is looked for."""
+    scan: bool = False
+    """Compile one block instead of all."""
     small_device: int = 0
     """Number of the device of the small model; the large one and the autoencoder are on 0. In a
     hybrid step both then predict at the same time. Memory is that of device 0."""
@@ -157,6 +159,7 @@ class Speed:
             num_layers=layers,
             dual_attention_layers=dual,
             attention=self.attention,
+            scan=self.scan,
             **_NARROW,
         )
 

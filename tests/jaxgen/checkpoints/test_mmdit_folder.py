@@ -72,7 +72,7 @@ def test_the_folder_may_be_that_of_the_pipeline(folder):
 
 
 def test_how_to_compute_is_an_argument():
-    options = {"param_dtype": jnp.bfloat16, "attention": "int8", "remat": True}
+    options = {"param_dtype": jnp.bfloat16, "attention": "int8", "remat": True, "scan": True}
     model = _load(FILES / "plain", **options)
     for name, value in options.items():
         assert getattr(model.config, name) == value

@@ -46,7 +46,7 @@ def test_single_files_hold_the_weights_of_the_folders(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_models_are_those_of_the_folders_bit_for_bit(name):
-    options = {"dtype": jnp.bfloat16, "attention": "int8", "remat": True}
+    options = {"dtype": jnp.bfloat16, "attention": "int8", "remat": True, "scan": True}
     model = _load(FILES / name / "single_file.safetensors", sample_size=12, **options)
     folder = load_mmdit_folder(FILES / name, **options)
     assert model.config == folder.config

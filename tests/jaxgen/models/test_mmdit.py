@@ -141,6 +141,50 @@ def test_remat_changes_nothing_but_memory():
     )
 
 
+DEEP = dataclasses.replace(TINY, num_layers=6, dual_attention_layers=(0, 1))
+"""Two dual blocks, three plain ones and the last."""
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_scan_changes_nothing_but_compilation(remat):
+    inputs = _inputs()
+
+    def value_and_gradient(scan):
+        model = _perturbed(dataclasses.replace(DEEP, remat=remat, scan=scan))
+        graph, parameters, table = nnx.split(model, nnx.Param, ...)
+        loss = lambda p: jnp.mean(jnp.square(nnx.merge(graph, p, table)(*inputs) - 1.0))
+        program = str(jax.make_jaxpr(loss)(parameters))
+        assert (program.count("scan["), "remat" in program) == (3 * scan, remat)
+        return jax.jit(jax.value_and_grad(loss))(parameters)
+
+    jax.tree.map(
+        lambda plain, scan: np.testing.assert_allclose(plain, scan, rtol=1e-4, atol=1e-6),
+        value_and_gradient(False),
+        value_and_gradient(True),
+    )
+
+
+@pytest.mark.parametrize("skipped", [(0,), (1, 3), (5,)])
+def test_scan_leaves_out_the_same_blocks(skipped):
+    inputs, run = _inputs(), nnx.jit(MMDiT.__call__, static_argnames="skipped")
+    plain, scan = (_perturbed(dataclasses.replace(DEEP, scan=scan)) for scan in (False, True))
+    found = run(scan, *inputs, skipped=skipped)
+    np.testing.assert_allclose(found, run(plain, *inputs, skipped=skipped), atol=1e-5)
+    assert jnp.abs(found - _run(scan, *inputs)).max() > 1e-3
+
+
+@pytest.mark.parametrize("keep_text", [False, True])
+def test_scan_remembers_the_same_keys_and_values(keep_text):
+    rows, passes = jnp.array([[0, 3, 7], [1, 2, 10]], jnp.int32), []
+    for scan in (False, True):
+        model, inputs = _perturbed(dataclasses.replace(DEEP, scan=scan)), _inputs()
+        velocity, cache = nnx.jit(MMDiT.with_cache)(model, *inputs)
+        later = (inputs[0] + 1.0, *inputs[1:])
+        part, _, after = _masked_of(model, later, rows, cache, keep_text)
+        passes.append((velocity, cache, part, after))
+    jax.tree.map(lambda *both: np.testing.assert_allclose(*both, atol=2e-5), *passes)
+
+
 def test_bfloat16_is_close_to_float32():
     inputs = _inputs()
     exact = _run(_perturbed(), *inputs)
@@ -218,6 +262,7 @@ def test_wrong_inputs_are_refused(position, shape, message):
         ({"attention": "flash"}, "attention must be one of 'exact', 'int8', got 'flash'"),
         ({"qk_norm": "no"}, "qk_norm must be True or False, got 'no'"),
         ({"remat": 1}, "remat must be True or False, got 1"),
+        ({"scan": None}, "scan must be True or False, got None"),
         ({"dtype": "int8"}, "dtype must be a float dtype such as bfloat16, got 'int8'"),
         ({"param_dtype": "float99"}, "param_dtype must be a float dtype .*, got 'float99'"),
     ],
@@ -238,6 +283,7 @@ VARIANTS = {
     "plain": {"qk_norm": False, "dual_attention_layers": ()},
     "qk_norm": {"dual_attention_layers": ()},
     "dual": {"num_layers": 3, "dual_attention_layers": (0, 1)},
+    "scan": {"num_layers": 5, "dual_attention_layers": (0, 1), "scan": True},
 }
 
 

@@ -34,7 +34,7 @@ def test_draws_with_stable_diffusion(tmp_path, small, capsys):
     arguments = [str(PIPELINE), "a red cat", "a dog", "--height", "32", "--width", "32",
                  "--steps", "4", "--dtype", "float32", "--output", str(output)]  # fmt: skip
     if small:
-        arguments += ["--small", str(PIPELINE), "--start", "0.5", "--end", "0.75"]
+        arguments += ["--small", str(PIPELINE), "--start", "0.5", "--end", "0.75", "--scan"]
     generate.main(arguments)
     with Image.open(output) as picture:
         assert picture.width > 200

@@ -94,6 +94,18 @@ def test_the_small_model_may_be_on_another_device(pipeline):
     assert {leaf.sharding for leaf in jax.tree.leaves(nnx.state(together.small))} == {places[1]}
 
 
+def test_scanned_transformers_draw_the_same(pipeline):
+    scanned = StableDiffusion3.from_pretrained(
+        FOLDER, small=FOLDER, dtype=jnp.float32, t5_tokens=ABOUT["t5_tokens"], scan=True
+    )
+    assert scanned.transformer.config.scan
+    assert scanned.small.config.scan
+    start = channels_last("start")
+    for policy in (Alone(), HybridStitch(2, 6, refresh=2)):
+        one, two = (draw(p, policy=policy, latents=start).astype(int) for p in (pipeline, scanned))
+        assert np.abs(one - two).max() <= 1, policy
+
+
 def test_seeds_prompts_and_sizes(pipeline):
     one = draw(pipeline, policy=Alone(), seed=5)
     np.testing.assert_array_equal(one, draw(pipeline, policy=Alone(), seed=5))
