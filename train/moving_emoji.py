@@ -29,6 +29,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from jaxgen.pictures import image_grid
+from train.cached_arrays import cache_folder
 from train.moving_emoji_figures import Figures, load_figures
 from train.moving_emoji_scenes import (
     COLORS,
@@ -40,7 +41,6 @@ from train.moving_emoji_scenes import (
     Scene,
     held_out_motions,
 )
-from train.openmoji import cache_folder
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -16,14 +16,12 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Float32, UInt8, UInt32
 
+from train.cached_arrays import cache_folder, read_cache, write_cache
 from train.openmoji import (
-    cache_folder,
     cache_recipe,
     missing_package,
     rasterize,
-    read_cache,
     svg_paths,
-    write_cache,
 )
 
 # What moves, as OpenMoji calls it and, behind "=", as captions call it where that is another name.

@@ -20,15 +20,11 @@ whole pixels. A picture is drawn at three pixels a unit and averaged down: sharp
 small, and free of the overshoot that a Lanczos filter leaves around black outlines.
 """
 
-import contextlib
 import dataclasses
 import io
 import json
-import os
-import uuid
-import warnings
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -36,6 +32,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from jaxtyping import Bool, Int32, UInt8
 
+from train.cached_arrays import cache_folder, read_cache, write_cache
 from train.openmoji_captions import (
     FIVE_SKIN_TONES,
     GENDERS,
@@ -337,11 +334,6 @@ def _from_archive(content: dict[str, np.ndarray]) -> Emojis:
     return Emojis(**fields)
 
 
-def cache_folder(cache_dir: Path | None) -> Path:
-    """The folder of the caches: the one given, else JAXGEN_CACHE, else `~/.cache/jaxgen`."""
-    return Path(cache_dir or os.environ.get("JAXGEN_CACHE") or "~/.cache/jaxgen").expanduser()
-
-
 def cache_recipe(**settings: object) -> str:
     """Everything that cached arrays depend on, settings and versions of packages, as one string."""
     try:
@@ -349,55 +341,3 @@ def cache_recipe(**settings: object) -> str:
     except metadata.PackageNotFoundError as error:
         raise missing_package(str(error.name)) from error
     return json.dumps({**settings, **versions}, sort_keys=True)
-
-
-def read_cache[T](path: Path, recipe: str, build: Callable[[dict[str, np.ndarray]], T]) -> T | None:
-    """Reads what `write_cache` wrote.
-
-    Args:
-        path: The archive.
-        recipe: What the content must depend on, as `cache_recipe` describes it.
-        build: Makes the result of the arrays by name; it raises if they do not fit.
-
-    Returns:
-        The result; None if the archive is absent, of another recipe, or damaged.
-
-    Warns:
-        UserWarning: If the archive is damaged.
-    """
-    try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            if str(archive["recipe"]) != recipe:
-                return None
-            return build({name: archive[name] for name in archive.files})
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except Exception as error:  # Damage shows in many ways, and drawing again cures all of them.
-        warnings.warn(f"the cache {path} cannot be used and is built again: {error}", stacklevel=3)
-        return None
-
-
-def write_cache(path: Path, recipe: str, content: Mapping[str, Any]) -> None:
-    """Writes a cache in one step, so that processes building at once never see half a file.
-
-    Args:
-        path: The archive to write or replace.
-        recipe: What the content depends on, as `cache_recipe` describes it.
-        content: Arrays, or what NumPy makes arrays of, by name.
-
-    Warns:
-        UserWarning: If the archive cannot be written.
-    """
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "xb") as file:
-            np.savez(file, allow_pickle=False, recipe=np.array(recipe), **content)
-        os.replace(temporary, path)
-    except OSError as error:
-        warnings.warn(
-            f"cannot write the cache {path}, the emojis are drawn again next time: {error}",
-            stacklevel=3,
-        )
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)

@@ -1,5 +1,8 @@
 """Generated problems as rows of tokens, a table that is made once.
 
+What takes long to make is kept in the cache on disk (`JAXGEN_CACHE`, or else `~/.cache/jaxgen`):
+200,000 Sudokus take 12 minutes of a processor core.
+
 A row is a prompt, padded with spaces to the longest of its task and levels, then the solution, then
 the end of the text up to the end of the row. All prompts are so equally long, and answers begin at
 one place. Models that see blocks learn whole ones: they answer whole ones, too.
@@ -7,20 +10,27 @@ one place. Models that see blocks learn whole ones: they answer whole ones, too.
 
 import dataclasses
 import functools
+import hashlib
+import importlib.resources
+import json
 import multiprocessing
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Self
 
 import numpy as np
 from jaxtyping import Int32
 
+from train.cached_arrays import cache_folder, read_cache, write_cache
 from train.problems import EOS, Problem, Verdict, Vocabulary, arithmetic, sudoku
 from train.rows import Rows
 
 TASKS = ("arithmetic", "sudoku")
 _SUDOKU_CELLS = 81
 _CHUNK = 64
+_WORTH_A_FILE = 10.0
+"""Seconds of making from which on problems are kept on disk."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +140,21 @@ def _table(
     layout = Layout.of(task, levels, block_length)
     if count < 1:
         raise ValueError(f"count must be positive, got {count}")
+    problems = _problems(task, levels, count, split, seed, workers)
+    return Table(problems, layout, rows_of(problems, layout))
+
+
+def _problems(
+    task: str, levels: tuple[int, ...], count: int, split: str, seed: int, workers: int
+) -> list[Problem]:
+    """Returns problems, from the disk if making them took long before."""
+    name = "-".join(map(str, ("problems", task, *levels, split, seed, count)))
+    path = cache_folder(None) / f"{name}.npz"
+    recipe = json.dumps({"numpy": np.__version__, "code": _code()})
+    found = read_cache(path, recipe, functools.partial(_from_arrays, task, count))
+    if found is not None:
+        return found
+    started = time.monotonic()
     make = functools.partial(_make, task, levels, split, seed)
     if workers:
         # Not forked: JAX has threads.
@@ -138,7 +163,33 @@ def _table(
             problems = list(pool.map(make, range(count), chunksize=_CHUNK))
     else:
         problems = [make(number) for number in range(count)]
-    return Table(problems, layout, rows_of(problems, layout))
+    if time.monotonic() - started > _WORTH_A_FILE:
+        texts = {
+            name: np.array([getattr(problem, name).encode() for problem in problems])
+            for name in ("prompt", "solution")
+        }
+        levels_of = np.array([problem.level for problem in problems], np.uint8)
+        write_cache(path, recipe, {"level": levels_of} | texts)
+    return problems
+
+
+def _from_arrays(task: str, count: int, arrays: Mapping[str, np.ndarray]) -> list[Problem]:
+    """Returns the problems of a cache."""
+    columns = [arrays[name].tolist() for name in ("level", "prompt", "solution")]
+    if {len(column) for column in columns} != {count}:
+        raise ValueError(f"it does not hold {count} problems")
+    return [
+        Problem(task, level, prompt.decode(), solution.decode())
+        for level, prompt, solution in zip(*columns, strict=True)
+    ]
+
+
+@functools.cache
+def _code() -> str:
+    """Returns a digest of the code that makes problems: what other code made is not taken."""
+    files = importlib.resources.files("train.problems").iterdir()
+    sources = {file.name: file.read_bytes() for file in files if file.name.endswith(".py")}
+    return hashlib.sha256(repr(sorted(sources.items())).encode()).hexdigest()
 
 
 def rows_of(problems: Sequence[Problem], layout: Layout) -> Int32[np.ndarray, "problems tokens"]:

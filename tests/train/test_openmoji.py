@@ -417,7 +417,7 @@ def test_cache_of_another_recipe_is_replaced_silently(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("quick")
 def test_cache_that_cannot_be_written_is_done_without(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.warns(UserWarning, match="cannot write the cache .*drawn again next time"):
+    with pytest.warns(UserWarning, match="cannot write the cache .*built again next time"):
         assert len(load(32, tmp_path / "file" / "cache", limit=4)) == 4
 
 

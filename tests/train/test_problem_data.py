@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from train import problem_data
 from train.problem_data import Layout, make_table, rows_of, verdict
 from train.problems import EOS, Problem, Vocabulary
 from train.rows import RowBatches
@@ -52,6 +53,58 @@ def test_other_processes_make_the_same_problems():
     assert here.problems == there.problems
     other = make_table("arithmetic", (2, 4), 70, split="validation", seed=3)
     assert not {p.prompt for p in here.problems} & {p.prompt for p in other.problems}
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """A folder in which all problems are kept; call it to forget those in memory."""
+    monkeypatch.setenv("JAXGEN_CACHE", str(tmp_path))
+    monkeypatch.setattr(problem_data, "_WORTH_A_FILE", 0.0)
+    problem_data._table.cache_clear()
+    yield tmp_path
+    problem_data._table.cache_clear()
+
+
+@pytest.mark.parametrize(("task", "levels", "layout"), TASKS)
+def test_what_took_long_to_make_is_read_from_the_disk(cache, monkeypatch, task, levels, layout):
+    options = {"split": "test", "seed": 3}
+    made = make_table(task, levels, 7, **options)
+    (path,) = cache.iterdir()
+    problem_data._table.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(problem_data, "_make", None)  # nothing is made
+        for block in (1, layout.answer + layout.prompt + 1):
+            read = make_table(task, levels, 7, block_length=block, **options)
+            assert read.problems == made.problems
+        assert type(read.problems[0].level) is int
+        for change in ({"seed": 4}, {"split": "train"}):
+            with pytest.raises(TypeError):
+                make_table(task, levels, 7, **options | change)
+        with pytest.raises(TypeError):
+            make_table(task, levels, 6, **options)
+    content = path.read_bytes()
+    for damage in (content[:-30], b"", content.replace(b"solution", b"solitude")):
+        path.write_bytes(damage)
+        problem_data._table.cache_clear()
+        with pytest.warns(UserWarning, match="cannot be used and is built again"):
+            assert make_table(task, levels, 7, **options).problems == made.problems
+        assert path.read_bytes() == content
+
+
+def test_problems_of_other_code_are_made_again(cache, monkeypatch):
+    made = make_table("arithmetic", (1,), 3)
+    (path,) = cache.iterdir()
+    old = path.read_bytes()
+    problem_data._table.cache_clear()
+    monkeypatch.setattr(problem_data, "_code", lambda: "other")
+    assert make_table("arithmetic", (1,), 3).problems == made.problems
+    assert path.read_bytes() != old
+
+
+def test_what_was_made_fast_leaves_no_file(cache, monkeypatch):
+    monkeypatch.setattr(problem_data, "_WORTH_A_FILE", 60.0)
+    make_table("arithmetic", (1,), 3)
+    assert not list(cache.iterdir())
 
 
 def test_every_epoch_has_every_problem_once_and_its_own_order():

@@ -22,13 +22,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from train.cached_arrays import cache_folder
 from train.corpus import token_files
 from train.corpus.damage import DamagedDataError, refuse
 from train.corpus.documents import Documents
 from train.corpus.encoding import encode_all
 from train.corpus.sources import Source
 from train.corpus.tokenizers import Tokenizer
-from train.openmoji import cache_folder
 
 _FORMAT = 1
 
