@@ -52,6 +52,18 @@ def test_what_the_residual_of_the_shipped_pair_is_worth_is_as_recorded():
         assert f"| {threshold:g} | {' | '.join(cells)} |" in text
 
 
+def test_strict_thresholds_are_compared_as_recorded():
+    record = json.loads((RESULTS / "rcd_experiment.json").read_text())
+    runs = record["strict_thresholds"]["runs"]["sudoku"]
+    ours = ("", "-restart", "-restart-often")
+    names = ["seqd-1", *(f"rcd-every-one-2{end}-1" for end in ours)]
+    text = (ROOT / "docs" / "residual_context.md").read_text()
+    rows = list(zip(*(runs[name] for name in names), strict=True))
+    for points in rows[-8:]:
+        cells = [f"{100 * q['accuracy']:.1f} % after {q['steps']:.1f}" for q in points]
+        assert f"| {points[0]['threshold']:g} | {' | '.join(cells)} |\n" in text
+
+
 @pytest.mark.parametrize("prompts", ["captions", "empty"])
 def test_samplers_are_compared_as_their_records_say(prompts):
     found = json.loads((RESULTS / f"stitching_openmoji_{prompts}.json").read_text())
