@@ -7,7 +7,6 @@ a block's first residual (--init self or reference) counts; the tokens are those
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +14,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from jaxgen.checkpoints import write_atomically
+from jaxgen.checkpoints import write_atomically, write_json
 from jaxgen.sampling import ResidualContext
 from jaxgen.sampling.residual_context import Init
 from train.diffusion_lm_parts import Answers, answer, load_export, make_decoder
@@ -204,8 +203,7 @@ def carry_out(sweep: Sweep, *, show_progress: bool = True) -> list[Point]:
         "restart": sweep.restart,
         "points": points,
     }
-    text = json.dumps(record, indent=2) + "\n"
-    write_atomically(sweep.output / "points.json", [text.encode()])
+    write_json(sweep.output / "points.json", record)
     write_atomically(sweep.output / "table.md", [table_of(points).encode()])
     draw(points, sweep.output / "curve.png")
     return points

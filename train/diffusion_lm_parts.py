@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from jaxgen.checkpoints import (
     parse_json_object,
     save_diffusion_lm_folder,
     write_atomically,
+    write_json,
 )
 from jaxgen.models import DiffusionLM, DiffusionLMConfig
 from jaxgen.pipelines.chat import CHATML, LLADA
@@ -251,7 +251,7 @@ def save_export(
     for name in _TOKENIZER_FILES if beside is not None else ():
         if beside is not None and (beside / name).is_file():
             write_atomically(folder / name, [(beside / name).read_bytes()])
-    write_atomically(folder / _CARD, [(json.dumps(card, indent=2) + "\n").encode()])
+    write_json(folder / _CARD, card)
 
 
 def _add_to_config(folder: Path, beside: Path | None, block_length: int | None) -> None:
@@ -263,7 +263,7 @@ def _add_to_config(folder: Path, beside: Path | None, block_length: int | None) 
         values |= {name: theirs[name] for name in _ENDS if name in theirs}
     if block_length is not None:
         values["block_size"] = block_length
-    write_atomically(path, [(json.dumps(values, indent=2) + "\n").encode()])
+    write_json(path, values)
 
 
 def load_export(

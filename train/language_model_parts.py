@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ from jaxgen.checkpoints import (
     load_safetensors,
     parse_json_object,
     save_safetensors,
-    write_atomically,
+    write_json,
 )
 from jaxgen.models import LanguageModel, LanguageModelConfig
 from jaxgen.sampling import weighted_cross_entropy
@@ -156,7 +155,7 @@ def save_export(folder: Path, model: LanguageModel, card: Mapping[str, Any], dty
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {name: array.astype(dtype) for name, array in export_flat(model).items()}
     save_safetensors(folder / _WEIGHTS, arrays, texts={_CONFIG: config_to_json(model.config)})
-    write_atomically(folder / _CARD, [(json.dumps(card, indent=2) + "\n").encode()])
+    write_json(folder / _CARD, card)
 
 
 def load_export(folder: Path, **changes: Any) -> tuple[LanguageModel, dict[str, Any]]:

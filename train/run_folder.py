@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from jaxgen.checkpoints import parse_json_object, write_atomically
+from jaxgen.checkpoints import parse_json_object, write_atomically, write_json
 from train import distributed
 from train.metrics import writing
 from train.options import Options
@@ -142,7 +142,7 @@ def claim(config: Options, *, write: bool = True) -> Path:
             "script; choose another --output"
         )
     if write:
-        write_atomically(path, [(json.dumps(new, indent=2) + "\n").encode()])
+        write_json(path, new)
     return folder
 
 

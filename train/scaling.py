@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from jaxgen.checkpoints import parse_json_object, write_atomically
+from jaxgen.checkpoints import parse_json_object, write_json
 from train.scaling_cases import CASES, Record, Scaling
 
 TITLES: Mapping[str, str] = {
@@ -131,8 +131,7 @@ def save(scaling: Scaling, found: Mapping[str, list[Record]]) -> None:
     if scaling.output is None:
         return
     result = _about(scaling) | {"cases": found}
-    scaling.output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(scaling.output, [(json.dumps(result, indent=2) + "\n").encode()])
+    write_json(scaling.output, result)
     plot(found, scaling.output.with_suffix(".png"))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxgen.checkpoints import write_atomically
+from jaxgen.checkpoints import write_json
 from jaxgen.text import WordTokenizer
 from train import loop, run_folder
 from train.clips import Batch, ClipBatches, Clips, render
@@ -142,7 +142,7 @@ def train(
         captions = choose_captions(clips)
         videos = draw_clips(config, models, tokenizer, captions, shape)
         save_samples(videos, captions, config.output / "samples")
-    write_atomically(report_path, [(json.dumps(report, indent=2) + "\n").encode()])
+    write_json(report_path, report)
     say(f"after fine-tuning: {report['finished']}; wrote {report_path}")
     return report
 

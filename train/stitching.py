@@ -17,7 +17,7 @@ from typing import Literal
 import jax
 import numpy as np
 
-from jaxgen.checkpoints import write_atomically
+from jaxgen.checkpoints import write_json
 from jaxgen.pictures import image_grid
 from jaxgen.pipelines import StitchedTextToImage, TextToImage
 from jaxgen.sampling import (
@@ -201,7 +201,7 @@ def main() -> None:
         print(name, file=sys.stderr, flush=True)
         result["records"].append(record)
         path = config.output / "stitching.json"
-        write_atomically(path, [(json.dumps(result, indent=2) + "\n").encode()])
+        write_json(path, result)
         rows[name] = pictures[:8]
         labels = [label for label in rows for _ in range(len(rows[label]))]
         grid = image_grid(np.concatenate(list(rows.values())), labels, headings=captions[:8])

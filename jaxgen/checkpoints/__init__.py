@@ -28,6 +28,7 @@ from jaxgen.checkpoints.diffusion_lm_configs import (
 )
 from jaxgen.checkpoints.files import parse_json_object as parse_json_object
 from jaxgen.checkpoints.files import write_atomically as write_atomically
+from jaxgen.checkpoints.files import write_json as write_json
 from jaxgen.checkpoints.flat import export_flat as export_flat
 from jaxgen.checkpoints.flat import flat_shapes as flat_shapes
 from jaxgen.checkpoints.flat import load_flat as load_flat

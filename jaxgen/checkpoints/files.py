@@ -31,6 +31,21 @@ def write_atomically(path: str | os.PathLike, chunks: Iterable[bytes | memoryvie
         temporary.unlink(missing_ok=True)
 
 
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes a value as JSON in one step, and the folder if it is missing.
+
+    Args:
+        path: the file to create or replace.
+        value: what the module `json` can write.
+
+    Raises:
+        OSError: the folder or the file cannot be written.
+    """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(path, [text.encode()])
+
+
 def parse_json_object(text: str | bytes, source: str) -> dict[str, Any]:
     """Parses one JSON object; no key may occur twice at any depth.
 

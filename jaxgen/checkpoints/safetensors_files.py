@@ -5,7 +5,6 @@ Files of the `safetensors` package and ours are interchangeable. The format is i
 """
 
 import errno
-import json
 import os
 import re
 import tempfile
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgen.checkpoints.files import parse_json_object, write_atomically
+from jaxgen.checkpoints.files import parse_json_object, write_atomically, write_json
 from jaxgen.checkpoints.safetensors_format import (
     DTYPE_NAMES,
     MAX_HEADER_BYTES,
@@ -182,7 +181,7 @@ def _write_weights(
         weight_map |= dict.fromkeys(keys, name)
     total = sum(num_bytes(array) for array in arrays.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_atomically(_index_path(path), [(json.dumps(index, indent=2) + "\n").encode()])
+    write_json(_index_path(path), index)
     return [*dict.fromkeys(weight_map.values()), _index_path(path).name]
 
 

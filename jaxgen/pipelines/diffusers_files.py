@@ -1,11 +1,9 @@
 """What the pipeline folders of diffusers have in common: JSON, and the scheduler's shift."""
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxgen.checkpoints import parse_json_object, write_atomically
+from jaxgen.checkpoints import parse_json_object, write_json
 from jaxgen.sampling import FlowMatchingSchedule
 
 EULER = "FlowMatchEulerDiscreteScheduler"
@@ -56,10 +54,3 @@ def save_schedule(folder: Path, schedule: FlowMatchingSchedule) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON object; an error names its path."""
     return parse_json_object(path.read_bytes(), str(path))
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON object in one step, and the folder if it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(dict(values), indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path, [text.encode()])

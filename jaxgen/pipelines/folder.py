@@ -26,11 +26,12 @@ from jaxgen.checkpoints import (
     load_mmdit,
     load_safetensors,
     save_safetensors,
+    write_json,
 )
 from jaxgen.layers import AttentionName
 from jaxgen.models.mmdit import MMDiT, MMDiTConfig
 from jaxgen.models.text_encoder import TextEncoder, TextEncoderConfig
-from jaxgen.pipelines.diffusers_files import read_json, write_json
+from jaxgen.pipelines.diffusers_files import read_json
 from jaxgen.text import WordTokenizer
 
 _WEIGHTS = "model.safetensors"

@@ -17,6 +17,7 @@ from jaxgen.checkpoints import (
     save_clip_text_folder,
     save_mmdit_folder,
     save_t5_folder,
+    write_json,
 )
 from jaxgen.checkpoints.placement import Placement, Progress
 from jaxgen.layers import AttentionName
@@ -26,7 +27,6 @@ from jaxgen.pipelines.diffusers_files import (
     load_schedule,
     read_json,
     save_schedule,
-    write_json,
 )
 from jaxgen.tokenizers import ClipTokenizer, T5Tokenizer
 

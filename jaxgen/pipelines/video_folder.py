@@ -35,6 +35,7 @@ from jaxgen.checkpoints import (
     load_wan_folder,
     save_safetensors,
     save_wan_folder,
+    write_json,
 )
 from jaxgen.layers import AttentionName
 from jaxgen.models.text_encoder import TextEncoder, TextEncoderConfig
@@ -44,7 +45,6 @@ from jaxgen.pipelines.diffusers_files import (
     load_schedule,
     read_json,
     save_schedule,
-    write_json,
 )
 from jaxgen.pipelines.folder import is_there
 from jaxgen.sampling import FlowMatchingSchedule

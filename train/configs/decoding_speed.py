@@ -15,7 +15,6 @@ Outcome    SDAR-8B, ms a step: batch 1 8.35, with RCD 8.86 (+6.0 %), with its 8-
 
 import dataclasses
 import functools
-import json
 import statistics
 import sys
 import time
@@ -26,7 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxgen.checkpoints import write_atomically
+from jaxgen.checkpoints import write_json
 from jaxgen.models import DIFFUSION_LM_PRESETS, DiffusionLM, DiffusionLMConfig
 from jaxgen.sampling import BlockDiffusion, ResidualContext, Unmasking, decode
 from train.configs.random_weights import with_random_weights
@@ -115,8 +114,7 @@ def measure(speed: Speed) -> list[Record]:
                 records.append({"model": name} | record)
                 print(records[-1], file=sys.stderr, flush=True)
                 if speed.output is not None:
-                    text = json.dumps(records, indent=2) + "\n"
-                    write_atomically(speed.output, [text.encode()])
+                    write_json(speed.output, records)
     return records
 
 

@@ -13,12 +13,12 @@ Outcome    batch 1 21.1 ms a step (47.3 tokens a second), with --block-logits 20
 
 import argparse
 import importlib
-import json
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
+from jaxgen.checkpoints import write_json
 from jaxgen.models import DIFFUSION_LM_PRESETS, DiffusionLMConfig
 
 
@@ -151,8 +151,7 @@ def main() -> None:
             )
             print(records[-1], flush=True)
     if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(records, indent=2) + "\n")
+        write_json(options.output, records)
 
 
 if __name__ == "__main__":

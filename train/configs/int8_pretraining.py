@@ -30,7 +30,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from jaxgen.checkpoints import write_atomically
+from jaxgen.checkpoints import write_atomically, write_json
 from train.language_model import train
 from train.language_model_config import Config
 from train.metrics import mean_and_deviation
@@ -144,8 +144,7 @@ def carry_out(experiment: Experiment, *, show_progress: bool = True) -> list[dic
         for path in sorted(experiment.output.glob("*/export/card.json"))
         if (card := _card(path.parent.parent))
     ]
-    experiment.output.mkdir(parents=True, exist_ok=True)
-    write_atomically(experiment.output / "results.json", [json.dumps(results, indent=2).encode()])
+    write_json(experiment.output / "results.json", results)
     write_atomically(experiment.output / "table.md", [table(results).encode()])
     return results
 

@@ -17,13 +17,13 @@ costs. Tokens attend to the documents before theirs, as in SageBwd's experiments
 """
 
 import dataclasses
-import json
 import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 
+from jaxgen.checkpoints import write_json
 from jaxgen.models.language_model import Remat
 from train.language_model import train
 from train.language_model_config import Config, preset
@@ -106,7 +106,7 @@ def main() -> None:
     speed = tyro.cli(Speed, prog="python -m train.configs.pretraining_speed")
     found = measure(speed)
     if speed.json:
-        speed.json.write_text(json.dumps(found, indent=1) + "\n")
+        write_json(speed.json, found)
     for result in found:
         print(
             f"{result['attention']:>6} {result['tokens_per_second']:12,.0f} tokens/s "

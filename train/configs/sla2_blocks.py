@@ -11,7 +11,6 @@ Outcome    not measured yet
 """
 
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxgen.checkpoints import write_atomically
+from jaxgen.checkpoints import write_json
 from train.sla2 import first_clips
 from train.sla2_config import Config
 from train.sla2_parts import attention_errors, calibrated, replace_attention
@@ -154,7 +153,7 @@ def main() -> None:
     blocks = tyro.cli(Blocks, prog="python -m train.configs.sla2_blocks")
     records = measure(blocks)
     if blocks.output is not None:
-        write_atomically(blocks.output, [(json.dumps(records, indent=2) + "\n").encode()])
+        write_json(blocks.output, records)
     print(table(records))
 
 

@@ -29,7 +29,7 @@ from typing import Any
 
 import jax
 
-from jaxgen.checkpoints import write_atomically
+from jaxgen.checkpoints import write_atomically, write_json
 from train import sla2
 from train.metrics import mean_and_deviation
 from train.sla2_config import METHODS, Config
@@ -108,8 +108,7 @@ def carry_out(experiment: Experiment, **options: Any) -> list[sla2.Report]:
     reports = [
         json.loads(path.read_text()) for path in sorted(experiment.output.glob("*/report.json"))
     ]
-    experiment.output.mkdir(parents=True, exist_ok=True)
-    write_atomically(experiment.output / "results.json", [json.dumps(reports, indent=2).encode()])
+    write_json(experiment.output / "results.json", reports)
     write_atomically(experiment.output / "table.md", [table(reports).encode()])
     return reports
 

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
-from jaxgen.checkpoints import write_atomically
+from jaxgen.checkpoints import write_json
 from jaxgen.layers import AttentionName
 from jaxgen.models import AUTOENCODER_PRESETS, MMDIT_PRESETS, Autoencoder, MMDiT, MMDiTConfig
 from jaxgen.pipelines import stitched_cost
@@ -345,8 +345,7 @@ def save(speed: Speed, records: Sequence[Record]) -> None:
         "jax": jax.__version__,
         "records": list(records),
     }
-    speed.output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(speed.output, [(json.dumps(result, indent=2) + "\n").encode()])
+    write_json(speed.output, result)
 
 
 def carry_out(speed: Speed) -> list[Record]:

@@ -11,7 +11,6 @@ Outcome    523 ms with full attention (cuDNN); 206 with 3 % of the blocks, 213 w
 
 import dataclasses
 import functools
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxgen.checkpoints import write_atomically
+from jaxgen.checkpoints import write_json
 from jaxgen.layers import SparseLinearAttention, exact_attention
 from jaxgen.models import WAN_PRESETS, Wan, WanConfig
 from kernels_pallas.bench import milliseconds
@@ -131,7 +130,7 @@ def main() -> None:
     speed = tyro.cli(Speed, prog="python -m train.configs.wan_speed")
     records = measure(speed)
     if speed.output is not None:
-        write_atomically(speed.output, [(json.dumps(records, indent=2) + "\n").encode()])
+        write_json(speed.output, records)
     print(table(records))
 
 

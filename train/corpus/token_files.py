@@ -8,7 +8,6 @@ A folder holds
 """
 
 import hashlib
-import json
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxgen.checkpoints import parse_json_object, write_atomically
+from jaxgen.checkpoints import parse_json_object, write_json
 from train.corpus.damage import DamagedDataError
 from train.corpus.documents import Documents, split_number
 from train.corpus.sources import Document
@@ -78,7 +77,7 @@ def write(
         "damage": [str(error) for error in damage[:_EXAMPLES]],
         "sha256": {name: digest.hexdigest() for name, digest in hashes.items()},
     }
-    write_atomically(folder / _INDEX, [(json.dumps(index, indent=2) + "\n").encode()])
+    write_json(folder / _INDEX, index)
 
 
 def read(
