@@ -141,20 +141,19 @@ def test_remat_changes_nothing_but_memory():
     )
 
 
-DEEP = dataclasses.replace(TINY, num_layers=6, dual_attention_layers=(0, 1))
-"""Two dual blocks, three plain ones and the last."""
+DEEP = dataclasses.replace(TINY, num_layers=5, dual_attention_layers=(0, 1))
+"""Two dual blocks, two plain ones and the last."""
 
 
-@pytest.mark.parametrize("remat", [False, True])
-def test_scan_changes_nothing_but_compilation(remat):
+def test_scan_changes_nothing_but_compilation():
     inputs = _inputs()
 
     def value_and_gradient(scan):
-        model = _perturbed(dataclasses.replace(DEEP, remat=remat, scan=scan))
+        model = _perturbed(dataclasses.replace(DEEP, remat=scan, scan=scan))
         graph, parameters, table = nnx.split(model, nnx.Param, ...)
         loss = lambda p: jnp.mean(jnp.square(nnx.merge(graph, p, table)(*inputs) - 1.0))
         program = str(jax.make_jaxpr(loss)(parameters))
-        assert (program.count("scan["), "remat" in program) == (3 * scan, remat)
+        assert (program.count("scan["), "remat" in program) == (3 * scan, scan)
         return jax.jit(jax.value_and_grad(loss))(parameters)
 
     jax.tree.map(
@@ -164,7 +163,7 @@ def test_scan_changes_nothing_but_compilation(remat):
     )
 
 
-@pytest.mark.parametrize("skipped", [(0,), (1, 3), (5,)])
+@pytest.mark.parametrize("skipped", [(0,), (1, 3), (4,)])
 def test_scan_leaves_out_the_same_blocks(skipped):
     inputs, run = _inputs(), nnx.jit(MMDiT.__call__, static_argnames="skipped")
     plain, scan = (_perturbed(dataclasses.replace(DEEP, scan=scan)) for scan in (False, True))
@@ -173,14 +172,13 @@ def test_scan_leaves_out_the_same_blocks(skipped):
     assert jnp.abs(found - _run(scan, *inputs)).max() > 1e-3
 
 
-@pytest.mark.parametrize("keep_text", [False, True])
-def test_scan_remembers_the_same_keys_and_values(keep_text):
+def test_scan_remembers_the_same_keys_and_values():
     rows, passes = jnp.array([[0, 3, 7], [1, 2, 10]], jnp.int32), []
     for scan in (False, True):
         model, inputs = _perturbed(dataclasses.replace(DEEP, scan=scan)), _inputs()
         velocity, cache = nnx.jit(MMDiT.with_cache)(model, *inputs)
         later = (inputs[0] + 1.0, *inputs[1:])
-        part, _, after = _masked_of(model, later, rows, cache, keep_text)
+        part, _, after = _masked_of(model, later, rows, cache)
         passes.append((velocity, cache, part, after))
     jax.tree.map(lambda *both: np.testing.assert_allclose(*both, atol=2e-5), *passes)
 
