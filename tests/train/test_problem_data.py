@@ -47,11 +47,12 @@ def test_every_problem_fits_its_layout():
         assert ends.min() >= 1
 
 
-def test_other_processes_make_the_same_problems():
-    here = make_table("arithmetic", (2, 4), 70, split="test", seed=3)
-    there = make_table("arithmetic", (2, 4), 70, split="test", seed=3, workers=2)
+@pytest.mark.parametrize(("task", "levels"), [("arithmetic", (2, 4)), ("sudoku", (1, 5))])
+def test_other_processes_make_the_same_problems(task, levels):
+    here = make_table(task, levels, 70, split="test", seed=3)
+    there = make_table(task, levels, 70, split="test", seed=3, workers=2)
     assert here.problems == there.problems
-    other = make_table("arithmetic", (2, 4), 70, split="validation", seed=3)
+    other = make_table(task, levels, 70, split="validation", seed=3)
     assert not {p.prompt for p in here.problems} & {p.prompt for p in other.problems}
 
 

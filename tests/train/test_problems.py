@@ -6,7 +6,6 @@ import os
 import random
 import subprocess
 import sys
-import zipfile
 
 import numpy as np
 import pytest
@@ -526,61 +525,3 @@ def test_any_solution_is_accepted():
         assert sudoku.verify(
             "." * 81, disguise(sudoku.sudoku(1, number).solution, generator)
         ).correct
-
-
-# Many Sudokus
-
-
-def test_workers_do_not_change_what_is_made():
-    alone = sudoku.make_sudokus(70, level=1, seed=2)
-    assert alone == [sudoku.sudoku(1, number, seed=2) for number in range(70)]
-    assert sudoku.make_sudokus(70, level=1, seed=2, workers=2) == alone
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"count": 0, "level": 1}, "count must be positive, got 0"),
-        ({"count": 1, "level": 1, "workers": 0}, "workers must be positive, got 0"),
-        ({"count": 1, "level": 9}, "level must be one of 1, 2, 3, 4, 5, got 9"),
-    ],
-)
-def test_wrong_counts_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        sudoku.make_sudokus(**options)
-
-
-def test_files(tmp_path):
-    path = tmp_path / "sudokus.npz"
-    problems = [sudoku.sudoku(level, number) for level in sudoku.LEVELS for number in range(3)]
-    for part in (problems, problems[::2]):
-        sudoku.save_sudokus(path, part)
-        assert sudoku.load_sudokus(path) == part
-    assert list(tmp_path.iterdir()) == [path]
-    with pytest.raises(ValueError, match=r"must be Sudokus, got Problem\(task='arithmetic'"):
-        sudoku.save_sudokus(path, [arithmetic.arithmetic(1, 0)])
-    assert sudoku.load_sudokus(path) == problems[::2]
-
-
-def test_wrong_files_are_refused(tmp_path):
-    path = tmp_path / "sudokus.npz"
-    with pytest.raises(FileNotFoundError):
-        sudoku.load_sudokus(path)
-    sudoku.save_sudokus(path, [sudoku.sudoku(1, 0)])
-    whole = path.read_bytes()
-    middle = len(whole) // 2
-    flipped = bytes([whole[middle] ^ 255])
-    damaged = whole[:middle] + flipped + whole[middle + 1 :]
-    for content in (b"", b"no archive", whole[:middle], damaged):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"sudokus.npz is no file that save_sudokus wrote"):
-            sudoku.load_sudokus(path)
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("levels", "1")
-    with pytest.raises(ValueError, match="is no file that save_sudokus wrote"):
-        sudoku.load_sudokus(path)
-    text = np.array(["." * 81], "S81")
-    for prompts in (text[:, None], text.repeat(2), text.astype("S80"), np.array([0])):
-        np.savez(path, levels=np.array([1], np.uint8), prompts=prompts, solutions=text)
-        with pytest.raises(ValueError, match="is no file that save_sudokus wrote"):
-            sudoku.load_sudokus(path)

@@ -16,17 +16,10 @@ turns a grid into others, up to 1.2e12 in all. `family` is the same for all of t
 split: training sees no grid of the test split, in no disguise either.
 """
 
-import contextlib
 import functools
 import itertools
-import multiprocessing
 import operator
-import os
-import zipfile
-import zlib
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import numpy as np
 
@@ -46,7 +39,6 @@ LEVELS = {1: 20, 2: 30, 3: 40, 4: 46, 5: 50}
 """The levels, and how many cells of the prompt are empty."""
 
 _UNITS = {"row": ROWS, "column": COLUMNS, "box": BOXES}
-_FILE = {"levels": np.dtype(np.uint8), "prompts": np.dtype("S81"), "solutions": np.dtype("S81")}
 
 
 def sudoku(level: int, number: int, seed: int = 0, split: str = "train") -> Problem:
@@ -74,94 +66,6 @@ def sudoku(level: int, number: int, seed: int = 0, split: str = "train") -> Prob
             if empty is not None:
                 prompt = write_grid([plane & ~empty for plane in grid])
                 return Problem("sudoku", level, prompt, solution)
-
-
-def make_sudokus(
-    count: int, level: int, seed: int = 0, workers: int = 1, split: str = "train"
-) -> list[Problem]:
-    """Makes the Sudokus 0 to `count` - 1, the same for any number of workers.
-
-    Args:
-        count: How many.
-        level: As for `sudoku`.
-        seed: As for `sudoku`.
-        workers: Processes. With more than one, a script must guard its entry point with
-            `if __name__ == "__main__"`.
-        split: As for `sudoku`.
-
-    Returns:
-        The problems; `save_sudokus` keeps them.
-
-    Raises:
-        ValueError: If an argument is out of range.
-    """
-    check_request(level, LEVELS, 0, seed, split)
-    for name, value in (("count", count), ("workers", workers)):
-        if value < 1:
-            raise ValueError(f"{name} must be positive, got {value}")
-    make = functools.partial(sudoku, level, seed=seed, split=split)
-    if workers == 1:
-        return [make(number) for number in range(count)]
-    # A fork would copy the locks of JAX's threads, but not the threads that release them.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as executor:
-        return list(executor.map(make, range(count), chunksize=64))
-
-
-def save_sudokus(path: str | Path, problems: Sequence[Problem]) -> None:
-    """Writes Sudokus as a compressed .npz file, complete or not at all.
-
-    Args:
-        path: The file to write or replace.
-        problems: The Sudokus.
-
-    Raises:
-        ValueError: If a problem is no Sudoku.
-    """
-    for problem in problems:
-        if problem.task != "sudoku":
-            raise ValueError(f"problems must be Sudokus, got {problem}")
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.savez_compressed(
-                file,
-                levels=np.array([problem.level for problem in problems], _FILE["levels"]),
-                prompts=np.array([problem.prompt for problem in problems], _FILE["prompts"]),
-                solutions=np.array([problem.solution for problem in problems], _FILE["solutions"]),
-            )
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def load_sudokus(path: str | Path) -> list[Problem]:
-    """Reads Sudokus that `save_sudokus` wrote.
-
-    Args:
-        path: The .npz file.
-
-    Returns:
-        The problems in order.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged or holds something else.
-    """
-    arrays = {}
-    damage = (zipfile.BadZipFile, zlib.error, ValueError)
-    with Path(path).open("rb") as file, contextlib.suppress(*damage):
-        if zipfile.is_zipfile(file):
-            file.seek(0)
-            arrays = dict(np.load(file))
-    kinds = {name: getattr(array, "dtype", None) for name, array in arrays.items()}
-    if kinds != _FILE or len({array.shape for array in arrays.values()}) != 1:
-        raise ValueError(f"{path} is no file that save_sudokus wrote")
-    return [
-        Problem("sudoku", level, prompt.decode(), solution.decode())
-        for level, prompt, solution in zip(*(arrays[name].tolist() for name in _FILE), strict=True)
-    ]
 
 
 def verify(prompt: str, answer: str) -> Verdict:
