@@ -7,10 +7,11 @@ with is `train.configs.decoding_speed_torch`, a process of its own.
 Command    python -m train.configs.decoding_speed --output runs/decoding-speed.json
            python -m train.configs.decoding_speed_torch --output runs/decoding-speed-torch.json
 Hardware   one H100 80 GB, jax 0.11.2; 128 tokens after a prompt of 512, blocks of 64, medians
-Outcome    SDAR-8B, ms a step: batch 1 8.35, with RCD 8.86 (+6.0 %), with its 8-bit table 8.67
-           (+3.8 %); batch 8 19.21, 20.21 (+5.2 %), 20.68 (+7.7 %). LLaDA-8B without a cache: batch
-           1 18.24, with RCD 18.78 (+3.0 %); batch 8 134, 135 (+0.8 %); with two caches 7.68, 8.07
-           (+5.0 %) and 19.67, 20.45 (+4.0 %). Every record is in results/decoding_speed.json.
+Outcome    SDAR-8B, ms a step: batch 1 8.65, with RCD 9.22 (+6.7 %), with its 8-bit table the same;
+           batch 8 19.59, 20.84 (+6.4 %), 21.26 (+8.5 %). LLaDA-8B without a cache: batch 1 18.98,
+           with RCD 19.29 (+1.6 %); batch 8 118.9, 120.3 (+1.2 %; another H100); with two caches
+           7.96, 8.19 (+2.8 %) and 20.30, 21.26 (+4.7 %). Programs came from a compilation cache.
+           Every record is in results/decoding_speed.json.
 """
 
 import dataclasses

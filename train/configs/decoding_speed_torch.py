@@ -7,8 +7,8 @@ with CUDA, which jaxgen does not.
 
 Command    python -m train.configs.decoding_speed_torch --output runs/decoding-speed-torch.json
 Hardware   one H100 80 GB, PyTorch 2.11, bfloat16, 128 tokens after a prompt of 512
-Outcome    batch 1 21.1 ms a step (47.3 tokens a second), with --block-logits 20.6 (48.7);
-           batch 8 153 ms (52.2 tokens a second).
+Outcome    batch 1 21.4 ms a step (46.6 tokens a second; with --block-logits 20.6 on another H100),
+           batch 8 150 ms (53.3 tokens a second); results/decoding_speed_torch.json.
 """
 
 import argparse
