@@ -1,5 +1,6 @@
 """The cases of `train.scaling`: what is run on one device and on several, and what is compared."""
 
+import contextlib
 import dataclasses
 import functools
 import signal
@@ -228,13 +229,20 @@ def _small(
 def _pretrain(
     scaling: Scaling, folder: Path | None = None, stop: int | None = None, **options: Any
 ) -> list[Row]:
-    """Pretrain on this package's source with INT8 attention, and stop after a step if asked to."""
+    """Pretrain on this package's source with INT8 attention, and stop after a step if asked to.
+
+    Without a folder nothing is saved.
+    """
+    rows: list[Row] = []
 
     def on_row(row: Row) -> None:
+        rows.append(row)
         if stop is not None and row["step"] == stop:
             signal.raise_signal(signal.SIGTERM)
+        if folder is None and row["step"] == options["steps"]:
+            raise _MeasuredError
 
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, contextlib.suppress(_MeasuredError):
         config = Config(
             output=folder or Path(temporary),
             attention="int8",
@@ -248,6 +256,11 @@ def _pretrain(
             **options,
         )
         return train(config, on_row=on_row, show_progress=False).rows
+    return rows
+
+
+class _MeasuredError(Exception):
+    """The last row is there, and the run of no further use."""
 
 
 def _devices(scaling: Scaling) -> list[Any]:

@@ -53,9 +53,13 @@ from jaxgen.layers.rotary import rotate_halves as rotate_halves
 from jaxgen.layers.rotary import text_rotary as text_rotary
 from jaxgen.layers.rotary import video_axis_dims as video_axis_dims
 from jaxgen.layers.rotary import video_rotary as video_rotary
+from jaxgen.layers.scan import Stack as Stack
+from jaxgen.layers.scan import blocks_apart as blocks_apart
 from jaxgen.layers.scan import make_blocks as make_blocks
 from jaxgen.layers.scan import scan_blocks as scan_blocks
 from jaxgen.layers.scan import scan_neighbours as scan_neighbours
+from jaxgen.layers.scan import stack_neighbours as stack_neighbours
+from jaxgen.layers.scan import with_stacks as with_stacks
 from jaxgen.layers.sla1_attention import ProjectionParam as ProjectionParam
 from jaxgen.layers.sla1_attention import SLA1Attention as SLA1Attention
 from jaxgen.layers.sla1_attention import sla1_from_turbodiffusion as sla1_from_turbodiffusion

@@ -36,13 +36,70 @@ def make_blocks[Block: nnx.Module](
     return [nnx.merge(graph, one(number)) for number in range(count)]
 
 
+class Stack(nnx.Module):
+    """Blocks of one structure, as one block whose arrays have an axis more, the first.
+
+    Args:
+        blocks: which; at least one.
+
+    Attributes:
+        block: all of them; not to be called.
+        count: how many.
+    """
+
+    def __init__(self, blocks: Sequence[nnx.Module]):
+        states = [nnx.state(block) for block in blocks]
+        stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *states)
+        self.block = nnx.merge(nnx.graphdef(blocks[0]), stacked)
+        self.count = len(blocks)
+
+    def apart(self) -> list[Any]:
+        """Returns the blocks, with copies of their arrays."""
+        graph, state = nnx.split(self.block)
+        return [
+            nnx.merge(graph, jax.tree.map(lambda array, i=number: array[i], state))
+            for number in range(self.count)
+        ]
+
+
+def stack_neighbours(blocks: Iterable[nnx.Module]) -> list[Stack]:
+    """Stacks neighbours of one structure; what is a `Stack` stays one of its own."""
+    stacks: list[Stack] = []
+    for _, group in itertools.groupby(blocks, nnx.graphdef):
+        alike = list(group)
+        stacks += [block for block in alike if isinstance(block, Stack)] or [Stack(alike)]
+    return stacks
+
+
+def with_stacks[Model: nnx.Module](model: Model) -> Model:
+    """Returns a model that loops over its blocks (`config.scan`) with these stacked for good.
+
+    For programs that call it again and again: a call stacks them otherwise, and XLA does not move
+    that out of a loop over calls. Any other model is returned as it is. Not for training or saving:
+    the weights have other names and shapes.
+    """
+    given: Any = model
+    if not given.config.scan:
+        return model
+    copy: Any = nnx.merge(*nnx.split(model))
+    copy.blocks = nnx.List(stack_neighbours(copy.blocks))
+    return copy
+
+
+def blocks_apart(blocks: Iterable[nnx.Module]) -> list[Any]:
+    """Returns blocks one by one, those of a `Stack` as copies."""
+    parts = [block.apart() if isinstance(block, Stack) else [block] for block in blocks]
+    return list(itertools.chain.from_iterable(parts))
+
+
 def scan_blocks(
     blocks: Iterable[nnx.Module], run: Callable[[Any, Array], Array], x: Array
 ) -> Array:
     """Runs blocks one after another in a loop over their weights, which are stacked first.
 
     Args:
-        blocks: modules of one structure; what they keep in `nnx.Intermediate` is kept as usual.
+        blocks: modules of one structure, or a `Stack` of such; what modules keep in
+            `nnx.Intermediate` is kept as usual.
         run: called with a block and x; returns the next x.
         x: what the first block gets.
 
@@ -63,10 +120,12 @@ def scan_neighbours[Carry, Own](
 ) -> tuple[Carry, list[Own]]:
     """Runs blocks one after another; neighbours of one structure are a loop over their weights.
 
-    What the blocks of a loop have, weights and all of `own`, is stacked before it.
+    What the blocks of a loop have, weights (if they are no `Stack` yet) and all of `own`, is
+    stacked before it.
 
     Args:
-        blocks: modules; what they keep in `nnx.Intermediate` is kept as usual.
+        blocks: modules, of which each `Stack` counts for the blocks that it stands for; what they
+            keep in `nnx.Intermediate` is kept as usual, that of a `Stack` together.
         run: called with a block, x and what the block has for its own; returns the next x and
             something of its own. All are pytrees.
         x: what the first block gets.
@@ -76,22 +135,25 @@ def scan_neighbours[Carry, Own](
         What the last block returns, and what each returns of its own.
     """
     blocks = list(blocks)
-    own = [None] * len(blocks) if own is None else own
-    found: list[Own] = []
-    pairs = zip(blocks, own, strict=True)
-    for graph, group in itertools.groupby(pairs, lambda pair: nnx.graphdef(pair[0])):
-        alike, given = zip(*group, strict=True)
-        states = [nnx.state(block) for block in alike]
+    rest, found = iter(blocks), list[Own]()
+    for stack in stack_neighbours(blocks):
+        graph, state = nnx.split(stack.block)
+        given = own and own[len(found) : len(found) + stack.count]
+        given = given and jax.tree.map(lambda *arrays: jnp.stack(arrays), *given)
 
         def body(x, both, graph=graph):
             block = nnx.merge(graph, both[0])
             x, kept = run(block, x, both[1])
             return x, (kept, nnx.state(block, nnx.Intermediate))
 
-        stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *zip(states, given, strict=True))
-        x, kept = jax.lax.scan(body, x, stacked)
+        x, (kept, intermediates) = jax.lax.scan(body, x, (state, given))
+        one = lambda number, tree: jax.tree.map(lambda array: array[number], tree)
+        found += [one(number, kept) for number in range(stack.count)]
+        first = next(rest)
+        if first is stack:
+            nnx.update(stack.block, intermediates)
+            continue
+        alike = [first, *itertools.islice(rest, stack.count - 1)]
         for number, block in enumerate(alike):
-            mine, intermediates = jax.tree.map(lambda array, i=number: array[i], kept)
-            found.append(mine)
-            nnx.update(block, intermediates)
+            nnx.update(block, one(number, intermediates))
     return x, found

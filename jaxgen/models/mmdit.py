@@ -31,6 +31,7 @@ from jaxgen.layers import (
     TimestepTextEmbedding,
     add_gated,
     attention_function,
+    blocks_apart,
     modulate,
     scan_neighbours,
     unpatchify,
@@ -65,8 +66,8 @@ class MMDiTConfig:
         attention: "exact" or "int8".
         remat: recompute each block in the backward pass instead of keeping its activations.
         scan: compile one block of each kind and loop over the weights of all, so that compiling
-            takes seconds at any depth. They are copied together first, as are the keys and values
-            of a masked pass.
+            takes seconds at any depth. They are copied together first (samplers do that once, and
+            need memory for both copies), as are the keys and values of a masked pass.
         dtype: computation dtype; norms and modulation are float32 in between.
         param_dtype: dtype of the parameters.
 
@@ -375,8 +376,10 @@ class MMDiT(nnx.Module):
     ) -> tuple[tuple[Array, Array | None], list[Any]]:
         """Runs all blocks; each gets both streams and its cache, and returns such."""
         kept = [number for number in range(self.config.num_layers) if number not in skipped]
-        blocks = [self.blocks[number] for number in kept]
-        caches = [cache and cache[number] for number in kept]
+        blocks, caches = list(self.blocks), [cache and cache[number] for number in kept]
+        if skipped:
+            apart = blocks_apart(blocks)
+            blocks = [apart[number] for number in kept]
         if self.config.scan:
             return scan_neighbours(blocks, run, streams, caches)
         found = []

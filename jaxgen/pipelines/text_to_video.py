@@ -12,7 +12,7 @@ from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int32, UInt8
 
-from jaxgen.layers import AttentionName
+from jaxgen.layers import AttentionName, with_stacks
 from jaxgen.models.text_encoder import TextEncoder
 from jaxgen.models.wan import Attend, Wan
 from jaxgen.pipelines import video_folder
@@ -223,6 +223,7 @@ def _generate(
 ) -> Array:
     """Everything from token ids to bytes, or from features to latents, in one program."""
     transformer, text_encoder = nnx.merge(graph, weights)
+    transformer = with_stacks(transformer)
     halves = text if isinstance(text, tuple) else encode_captions(text_encoder, text)
 
     def model(pictures, timestep, context, pooled):

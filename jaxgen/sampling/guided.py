@@ -1,7 +1,7 @@
 """A diffusion transformer together with its text and its classifier-free guidance."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
-from jaxgen.models.mmdit import MMDiT
+from jaxgen.layers import with_stacks
+from jaxgen.models.mmdit import MMDiT, MMDiTConfig
 from jaxgen.models.mmdit_region import Cache, Region
 from jaxgen.sampling.devices import home_of, meet
 from jaxgen.sampling.flow_matching import timestep_of
@@ -104,15 +105,27 @@ class Guided:
         text, scale = meet((text, jnp.asarray(scale, jnp.float32)), home_of(weights))
         return cls(weights, text, scale, skip, graph)
 
+    def ready(self) -> "Guided":
+        """Return the same for a loop over steps: of a model that scans, the blocks are stacked."""
+        if not self.config.scan:
+            return self
+        graph, weights = nnx.split(with_stacks(nnx.merge(self.graph, self.weights)))
+        return replace(self, graph=graph, weights=weights)
+
     @property
     def batch(self) -> int:
         """Number of pictures."""
         return len(self.text.pooled) // 2
 
     @property
+    def config(self) -> MMDiTConfig:
+        """The model's configuration."""
+        return nnx.merge(self.graph, self.weights).config
+
+    @property
     def patch_size(self) -> int:
         """Side of a patch in latent pixels."""
-        return nnx.merge(self.graph, self.weights).config.patch_size
+        return self.config.patch_size
 
     def velocity(
         self, latents: Latents, sigma: Float[Array, ""], step: Int32[Array, ""] | None = None

@@ -107,6 +107,7 @@ def mix(
         start: The first step of the hybrid stage, from which refreshs are counted.
         policy: How they share the work.
     """
+    large, small = large.ready(), small.ready()
 
     def step(i, carry):
         state, memory = carry
@@ -118,7 +119,8 @@ def mix(
             parts, memory = lax.cond(due, refreshed, _masked, *inputs)
         else:
             parts, memory = _masked(*inputs)
-        return _joined(large, state, memory, by_small, parts, sigmas, i), memory
+        new = _joined(state, memory, by_small, parts, sigmas, i, patch=large.patch_size)
+        return new, memory
 
     return lax.fori_loop(first, last, step, (state, memory))
 
@@ -137,21 +139,29 @@ def mix_apart(
 ) -> tuple[State, Memory]:
     """Do what `mix` does with models on different devices; state and memory are the large one's.
 
-    Nothing here waits: both models are started before either is done, and latents and velocities
-    are all that goes from device to device. The memory that is given is used up.
+    Both models are started before either is done, also where copying to another device waits for
+    what is copied; latents and velocities are all that goes from device to device. The memory that
+    is given is used up.
     """
     here, there = home_of(large.weights), home_of(small.weights)
-    levels = np.asarray(sigmas)
+    large, small = _ready(large), _ready(small)
+    patch, levels = large.patch_size, np.asarray(sigmas)
+    compared = policy.update and policy.score == "model_diff"
     for i in range(first, last):
-        by_small = bring(predict(small, bring(state.latents, there), levels[i]), here)
+        by_small = predict(small, bring(state.latents, there), levels[i])
         if policy.refresh and (i - start + 1) % policy.refresh == 0:
-            compared = policy.update and policy.score == "model_diff"
-            seen = by_small if compared else None
+            seen = bring(by_small, here) if compared else None
             parts, memory = _refresh(large, state, memory, levels[i], seen, policy=policy)
         else:
             parts, memory = _go_on(large, state, memory, levels[i])
-        state = _join(large, state, memory, by_small, parts, levels, np.int32(i))
+        by_small = bring(by_small, here)
+        state = _join(state, memory, by_small, parts, levels, np.int32(i), patch=patch)
     return state, memory
+
+
+def _ready(model: Guided) -> Guided:
+    """Return a model for many calls from outside of a program."""
+    return _stack(model) if model.config.scan else model
 
 
 def _masked(
@@ -186,23 +196,24 @@ def _refreshed(
 
 
 def _joined(
-    large: Guided,
     state: State,
     memory: Memory,
     by_small: Latents,
     parts: Parts,
     sigmas: Array,
     i: Int32[Array, ""],
+    *,
+    patch: int,
 ) -> State:
     """Take a step with the large model's patches in the small one's pictures."""
-    patch = large.patch_size
     patches = place(patchify(by_small, patch), memory.rows, parts, memory.weight)
     velocity = unpatchify(patches, patch, *state.latents.shape[1:3])
     return state.stepped(velocity, sigmas, i)
 
 
 _go_on = jax.jit(_masked, donate_argnames="memory")
-_join = jax.jit(_joined)
+_join = jax.jit(_joined, static_argnames="patch")
+_stack = jax.jit(Guided.ready)
 
 
 # What is used up need not be used: of the old memory a refresh wants the dtypes only.

@@ -137,6 +137,7 @@ def follow(
     model: Guided, state: State, sigmas: Array, first: Int32[Array, ""], last: Int32[Array, ""]
 ) -> State:
     """Let one model predict the steps from `first` to before `last`."""
+    model = model.ready()
 
     def step(i, state):
         return state.stepped(model.velocity(state.latents, sigmas[i], i), sigmas, i)
@@ -158,6 +159,7 @@ def sketch(
     Returns:
         The state, and the number of steps done.
     """
+    model = model.ready()
     size = lambda x: jnp.mean(jnp.abs(x), axis=(1, 2, 3))
     unknown = jnp.full(len(state.latents), jnp.nan)
 

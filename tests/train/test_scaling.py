@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from train import scaling_cases
 from train.configs.stitching_speed import Speed
-from train.scaling import measure, measured, save, table
+from train.scaling import compiling_once, measure, measured, save, table
 from train.scaling_cases import Scaling
 
 TINY = {
@@ -69,7 +72,9 @@ def test_speeds_and_losses_are_compared_with_one_device(monkeypatch):
         loss = 2.0 + (config.tensor - 1) / 100 - (config.context_parallel - 1) / 1000
         row = {"step": 1, "tokens_per_second": speed, "mfu": 0.5, "loss": loss}
         row["gradient_norm"] = 5.0 * config.tensor
-        return type("Finished", (), {"rows": [row, row | {"loss": loss / 2}]})
+        for found in (row, row | {"loss": loss / 2, "step": config.steps}):
+            on_row(found)
+        raise AssertionError("saves what is not needed")
 
     monkeypatch.setattr(scaling_cases, "train", train)
     found = dict(measure(Scaling(cases=("weak", "losses"))))
@@ -108,6 +113,37 @@ def test_the_small_model_moves_to_another_device(monkeypatch):
         table(found).splitlines()[3]
         == "| two diffusion models | a device each | 2 | 2.00 s a picture |"
     )
+
+
+@pytest.fixture
+def no_cache():
+    """No folder of programs, and none too small for one; as it was afterwards."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = [getattr(jax.config, name) for name in names]
+    for name, value in zip(names, (None, 0), strict=True):
+        jax.config.update(name, value)
+    yield
+    for name, value in zip(names, before, strict=True):
+        jax.config.update(name, value)
+
+
+@pytest.mark.usefixtures("no_cache")
+def test_programs_are_kept_for_the_time_being(tmp_path, recwarn):
+    jax.jit(lambda x: x - 1)(1.0)  # without a folder
+    with compiling_once():
+        folder = Path(jax.config.jax_compilation_cache_dir)
+        counts = []
+        for _ in range(2):
+            jax.jit(lambda x: jnp.sin(x) + 2)(1.0)  # another function, the same program
+            counts.append(len(list(folder.glob("*-cache"))))
+        assert counts[0] == counts[1] > 0
+    assert jax.config.jax_compilation_cache_dir is None
+    assert not folder.exists()
+    jax.jit(lambda x: x - 3)(1.0)
+    assert not recwarn.list
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    with compiling_once():
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path)
 
 
 @pytest.mark.parametrize(
