@@ -102,7 +102,8 @@ def test_the_small_model_moves_to_another_device(monkeypatch):
         seen.append(speed)
         for method in ("alone", "HybridStitch"):
             yield {"method": method, "seconds_a_picture": 3.0 - speed.small_device,
-                   "seconds_compiling": 9.0, "speed_up": 1.5, "steps": {}, "gib": None}  # fmt: skip
+                   "seconds_of_stages": {"small": 1.0}, "seconds_compiling": 9.0,
+                   "speed_up": 1.5, "steps": {}, "gib": None}  # fmt: skip
 
     monkeypatch.setattr(scaling_cases.stitching_speed, "measure", measure_speed)
     found = dict(measure(Scaling(cases=("hybrid",))))

@@ -81,6 +81,9 @@ def test_measures_every_sampler_and_writes_after_each(tmp_path, monkeypatch, cap
         runs = record["seconds_of_runs"]
         assert len(runs) == 2
         assert 0 < record["seconds_decoding"] < record["seconds_a_picture"]
+        stages = record["seconds_of_stages"]
+        assert set(stages) == {kind for kind, count in record["steps"].items() if count}
+        assert min(stages.values()) > 0
         assert record["seconds_a_picture"] == pytest.approx(np.median(runs) / 2)
         alone = records[0]["seconds_a_picture"]
         assert record["speed_up"] == pytest.approx(alone / record["seconds_a_picture"])

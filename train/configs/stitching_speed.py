@@ -188,11 +188,12 @@ class Speed:
 def measure(speed: Speed) -> Iterator[Record]:
     """Draw by each sampler in turn and yield a record as soon as there is one.
 
-    Seconds are those of one picture, and `seconds_decoding` the autoencoder's part of them;
-    `seconds_of_runs` are for a batch. `seconds_compiling` is what the first run took longer;
-    programs of earlier samplers are not compiled again. Operations are those of the steps alone.
-    `gib` is the most memory in use during the runs (see `Memory`), less the weights of a model that
-    this sampler does not use; `gib_of_process` is the device's mark, with everything before.
+    Seconds are those of one picture, and `seconds_of_stages` and `seconds_decoding`, the
+    autoencoder's, parts of them; `seconds_of_runs` are for a batch. `seconds_compiling` is what the
+    first run took longer; programs of earlier samplers are not compiled again. Operations are those
+    of the steps alone. `gib` is the most memory in use during the runs (see `Memory`), less the
+    weights of a model that this sampler does not use; `gib_of_process` is the device's mark, with
+    everything before.
     """
     autoencoder = AUTOENCODER_PRESETS[_AUTOENCODER]
     large = speed.config("large")
@@ -231,18 +232,24 @@ def measure(speed: Speed) -> Iterator[Record]:
         here = ("large", "small") if not speed.small_device else ("large",)
         unused = sum(_bytes(models[role].weights) for role in here if not used[role])
         draw = functools.partial(_seconds, used, policy, noise, sigmas, decoder)
-        first, _ = draw()
+        first = sum(draw().values())
         with Memory() as memory:
             timed = [draw() for _ in range(speed.runs)]
-        seconds = statistics.median(whole for whole, _ in timed)
+        runs = [sum(parts.values()) for parts in timed]
+        seconds = statistics.median(runs)
+        middle = {
+            part: statistics.median(parts[part] for parts in timed) / speed.batch
+            for part in timed[0]
+        }
         alone = seconds if alone is None else alone
         yield {
             "method": METHODS[type(policy)],
             "policy": dataclasses.asdict(policy),
             "steps": steps,
             "seconds_a_picture": seconds / speed.batch,
-            "seconds_of_runs": [whole for whole, _ in timed],
-            "seconds_decoding": statistics.median(part for _, part in timed) / speed.batch,
+            "seconds_of_runs": runs,
+            "seconds_decoding": middle.pop("decoding"),
+            "seconds_of_stages": middle,
             "seconds_compiling": max(0.0, first - seconds),
             "speed_up": alone / seconds,
             "speed_up_in_operations": 1 / cost_of(speed, policy),
@@ -369,15 +376,22 @@ def _seconds(
     noise: jax.Array,
     sigmas: jax.Array,
     autoencoder: Autoencoder,
-) -> tuple[float, float]:
-    """Return the seconds from noise to pixels, and those of them that decoding takes."""
-    began = time.perf_counter()
-    *_, last = stitch(models["large"], models["small"], policy, noise, sigmas)
-    latents = jax.block_until_ready(meet(last.latents, home_of(nnx.state(autoencoder))))
-    sampled = time.perf_counter()
+) -> dict[str, float]:
+    """Return the seconds of each stage, by its kind, and of "decoding"; their sum is all."""
+    seconds, latents, before = {}, noise, time.perf_counter()
+
+    def passed(part: str) -> None:
+        nonlocal before
+        now = time.perf_counter()
+        seconds[part], before = seconds.get(part, 0.0) + now - before, now
+
+    for progress in stitch(models["large"], models["small"], policy, noise, sigmas):
+        latents = jax.block_until_ready(progress.latents)
+        passed(progress.stage.kind)
+    latents = meet(latents, home_of(nnx.state(autoencoder)))
     jax.block_until_ready(_decode(autoencoder, latents))
-    over = time.perf_counter()
-    return over - began, over - sampled
+    passed("decoding")
+    return seconds
 
 
 def _steps_of(policy: Policy, steps: int) -> dict[str, int]:
