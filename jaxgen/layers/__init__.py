@@ -58,7 +58,6 @@ from jaxgen.layers.scan import blocks_apart as blocks_apart
 from jaxgen.layers.scan import make_blocks as make_blocks
 from jaxgen.layers.scan import scan_blocks as scan_blocks
 from jaxgen.layers.scan import scan_neighbours as scan_neighbours
-from jaxgen.layers.scan import stack_neighbours as stack_neighbours
 from jaxgen.layers.scan import with_stacks as with_stacks
 from jaxgen.layers.sla1_attention import ProjectionParam as ProjectionParam
 from jaxgen.layers.sla1_attention import SLA1Attention as SLA1Attention

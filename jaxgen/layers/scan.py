@@ -1,7 +1,7 @@
 """Deep stacks of equal blocks, made and run so that compiling takes seconds at any depth."""
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -62,13 +62,14 @@ class Stack(nnx.Module):
         ]
 
 
-def stack_neighbours(blocks: Iterable[nnx.Module]) -> list[Stack]:
-    """Stacks neighbours of one structure; what is a `Stack` stays one of its own."""
-    stacks: list[Stack] = []
+def _stacks(blocks: Iterable[nnx.Module]) -> Iterator[tuple[Stack, list[nnx.Module]]]:
+    """Yields neighbours of one structure, stacked and as they were, or a `Stack` and nothing."""
     for _, group in itertools.groupby(blocks, nnx.graphdef):
         alike = list(group)
-        stacks += [block for block in alike if isinstance(block, Stack)] or [Stack(alike)]
-    return stacks
+        if isinstance(alike[0], Stack):
+            yield from ((stack, []) for stack in alike if isinstance(stack, Stack))
+        else:
+            yield Stack(alike), alike
 
 
 def with_stacks[Model: nnx.Module](model: Model) -> Model:
@@ -82,7 +83,7 @@ def with_stacks[Model: nnx.Module](model: Model) -> Model:
     if not given.config.scan:
         return model
     copy: Any = nnx.merge(*nnx.split(model))
-    copy.blocks = nnx.List(stack_neighbours(copy.blocks))
+    copy.blocks = nnx.List([stack for stack, _ in _stacks(copy.blocks)])
     return copy
 
 
@@ -134,9 +135,8 @@ def scan_neighbours[Carry, Own](
     Returns:
         What the last block returns, and what each returns of its own.
     """
-    blocks = list(blocks)
-    rest, found = iter(blocks), list[Own]()
-    for stack in stack_neighbours(blocks):
+    found: list[Own] = []
+    for stack, alike in _stacks(blocks):
         graph, state = nnx.split(stack.block)
         given = own and own[len(found) : len(found) + stack.count]
         given = given and jax.tree.map(lambda *arrays: jnp.stack(arrays), *given)
@@ -149,11 +149,7 @@ def scan_neighbours[Carry, Own](
         x, (kept, intermediates) = jax.lax.scan(body, x, (state, given))
         one = lambda number, tree: jax.tree.map(lambda array: array[number], tree)
         found += [one(number, kept) for number in range(stack.count)]
-        first = next(rest)
-        if first is stack:
-            nnx.update(stack.block, intermediates)
-            continue
-        alike = [first, *itertools.islice(rest, stack.count - 1)]
+        nnx.update(stack.block, intermediates)
         for number, block in enumerate(alike):
             nnx.update(block, one(number, intermediates))
     return x, found

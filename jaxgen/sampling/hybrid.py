@@ -144,7 +144,7 @@ def mix_apart(
     is given is used up.
     """
     here, there = home_of(large.weights), home_of(small.weights)
-    large, small = _ready(large), _ready(small)
+    large, small = large.ready(), small.ready()
     patch, levels = large.patch_size, np.asarray(sigmas)
     compared = policy.update and policy.score == "model_diff"
     for i in range(first, last):
@@ -157,11 +157,6 @@ def mix_apart(
         by_small = bring(by_small, here)
         state = _join(state, memory, by_small, parts, levels, np.int32(i), patch=patch)
     return state, memory
-
-
-def _ready(model: Guided) -> Guided:
-    """Return a model for many calls from outside of a program."""
-    return _stack(model) if model.config.scan else model
 
 
 def _masked(
@@ -213,7 +208,6 @@ def _joined(
 
 _go_on = jax.jit(_masked, donate_argnames="memory")
 _join = jax.jit(_joined, static_argnames="patch")
-_stack = jax.jit(Guided.ready)
 
 
 # What is used up need not be used: of the old memory a refresh wants the dtypes only.

@@ -378,20 +378,13 @@ def _seconds(
     autoencoder: Autoencoder,
 ) -> dict[str, float]:
     """Return the seconds of each stage, by its kind, and of "decoding"; their sum is all."""
-    seconds, latents, before = {}, noise, time.perf_counter()
-
-    def passed(part: str) -> None:
-        nonlocal before
-        now = time.perf_counter()
-        seconds[part], before = seconds.get(part, 0.0) + now - before, now
-
+    seconds, latents, began = {}, noise, time.perf_counter()
     for progress in stitch(models["large"], models["small"], policy, noise, sigmas):
         latents = jax.block_until_ready(progress.latents)
-        passed(progress.stage.kind)
+        seconds[progress.stage.kind] = time.perf_counter() - began - sum(seconds.values())
     latents = meet(latents, home_of(nnx.state(autoencoder)))
     jax.block_until_ready(_decode(autoencoder, latents))
-    passed("decoding")
-    return seconds
+    return seconds | {"decoding": time.perf_counter() - began - sum(seconds.values())}
 
 
 def _steps_of(policy: Policy, steps: int) -> dict[str, int]:
