@@ -107,10 +107,7 @@ class Guided:
 
     def ready(self) -> "Guided":
         """Return the same for a loop over steps: of a model that scans, the blocks are stacked."""
-        if not self.config.scan:
-            return self
-        graph, weights = nnx.split(with_stacks(nnx.merge(self.graph, self.weights)))
-        return replace(self, graph=graph, weights=weights)
+        return _stacked(self) if self.config.scan else self
 
     @property
     def batch(self) -> int:
@@ -185,3 +182,10 @@ class Guided:
     def _guided(self, halves: Array) -> Array:
         conditional, unconditional = jnp.split(halves.astype(jnp.float32), 2)
         return unconditional + self.scale * (conditional - unconditional)
+
+
+@jax.jit
+def _stacked(model: Guided) -> Guided:
+    """Stack blocks; a program, since outside of one that takes half a second for deep models."""
+    graph, weights = nnx.split(with_stacks(nnx.merge(model.graph, model.weights)))
+    return replace(model, graph=graph, weights=weights)
