@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -320,8 +321,16 @@ class StableDiffusion3:
                 raise ValueError(f"{role} does not fit, these must be equal: {'; '.join(wrong)}")
 
 
-_encode = nnx.jit(lambda text, *tokens: tuple(text(*tokens)))
+@jax.jit
+def _encode(text: SD3Text, *tokens: Array) -> tuple[Array, ...]:
+    return tuple(text(*tokens))
 
 
-_decode = nnx.jit(lambda autoencoder, latents: to_pixels(autoencoder.decode(latents)))
-_decode_tiled = nnx.jit(lambda autoencoder, latents: to_pixels(autoencoder.decode_tiled(latents)))
+@jax.jit
+def _decode(autoencoder: Autoencoder, latents: Array) -> Array:
+    return to_pixels(autoencoder.decode(latents))
+
+
+@jax.jit
+def _decode_tiled(autoencoder: Autoencoder, latents: Array) -> Array:
+    return to_pixels(autoencoder.decode_tiled(latents))

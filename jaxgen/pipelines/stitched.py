@@ -6,7 +6,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, UInt8
 
@@ -213,4 +212,4 @@ def _guided(model: TextToImage, captions: list[str], scale: Float[Array, ""]) ->
 
 
 _to_pixels = jax.jit(to_pixels)
-_encode = nnx.jit(encode_captions)
+_encode = jax.jit(encode_captions)
