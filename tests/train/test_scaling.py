@@ -96,10 +96,11 @@ def test_speeds_and_losses_are_compared_with_one_device(monkeypatch):
 
 
 def test_the_small_model_moves_to_another_device(monkeypatch):
-    seen = []
+    seen, known = [], []
 
-    def measure_speed(speed):
+    def measure_speed(speed, alone):
         seen.append(speed)
+        known.append(alone)
         for method in ("alone", "HybridStitch"):
             yield {"method": method, "seconds_a_picture": 3.0 - speed.small_device,
                    "seconds_of_stages": {"small": 1.0}, "seconds_compiling": 9.0,
@@ -109,6 +110,7 @@ def test_the_small_model_moves_to_another_device(monkeypatch):
     found = dict(measure(Scaling(cases=("hybrid",))))
     assert [record["seconds_a_picture"] for record in found["hybrid"]] == [3.0, 2.0]
     assert [speed.small_device for speed in seen] == [0, 1]
+    assert known == [None, 3.0]  # the large model alone is where it was
     assert seen[0].policies == Speed(policies=("large", "hybridstitch")).policies
     assert (
         table(found).splitlines()[3]

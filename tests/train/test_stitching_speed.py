@@ -238,6 +238,9 @@ def test_the_small_model_may_be_on_another_device(monkeypatch):
     assert [record["method"] for record in measure(speed)] == ["alone", "T-Stitch", "HybridStitch"]
     first, second = ({device} for device in jax.devices()[:2])
     assert [first, second] in weights
+    for record in measure(speed, alone=2.0):  # as it was found before
+        assert record["method"] != "alone"
+        assert record["speed_up"] == 2 / record["seconds_a_picture"]
     assert all(models in ([first, None], [first, second]) for models in weights)
 
 

@@ -186,7 +186,7 @@ class Speed:
         return tuple(policy for kind in POLICIES if kind in self.policies for policy in kinds[kind])
 
 
-def measure(speed: Speed) -> Iterator[Record]:
+def measure(speed: Speed, alone: float | None = None) -> Iterator[Record]:
     """Draw by each sampler in turn and yield a record as soon as there is one.
 
     Seconds are those of one picture, and `seconds_of_stages` and `seconds_decoding`, the
@@ -195,6 +195,11 @@ def measure(speed: Speed) -> Iterator[Record]:
     of the steps alone. `gib` is the most memory in use during the runs (see `Memory`), less the
     weights of a model that this sampler does not use; `gib_of_process` is the device's mark, with
     everything before.
+
+    Args:
+        speed: What to measure.
+        alone: Seconds of a picture by the large model, if they are known: it does not draw alone
+            then.
     """
     autoencoder = AUTOENCODER_PRESETS[_AUTOENCODER]
     large = speed.config("large")
@@ -223,8 +228,9 @@ def measure(speed: Speed) -> Iterator[Record]:
     side = speed.pixels // autoencoder.downscale
     noise = normal(4, shape=(speed.batch, side, side, large.in_channels), dtype=jnp.float32)
     sigmas = FlowMatchingSchedule().sigmas(speed.steps)
-    alone = None
     for policy in speed.samplers():
+        if alone and policy == Alone():
+            continue
         steps = _steps_of(policy, speed.steps)
         used = {
             role: model if steps[role] or steps["hybrid"] else None
@@ -238,7 +244,7 @@ def measure(speed: Speed) -> Iterator[Record]:
         with Memory() as memory:
             timed = [draw() for _ in range(speed.runs)]
         runs = [sum(parts.values()) for parts in timed]
-        seconds = statistics.median(runs)
+        seconds = statistics.median(runs) / speed.batch
         middle = {
             part: statistics.median(parts[part] for parts in timed) / speed.batch
             for part in timed[0]
@@ -248,11 +254,11 @@ def measure(speed: Speed) -> Iterator[Record]:
             "method": METHODS[type(policy)],
             "policy": dataclasses.asdict(policy),
             "steps": steps,
-            "seconds_a_picture": seconds / speed.batch,
+            "seconds_a_picture": seconds,
             "seconds_of_runs": runs,
             "seconds_decoding": middle.pop("decoding"),
             "seconds_of_stages": middle,
-            "seconds_compiling": max(0.0, first - seconds),
+            "seconds_compiling": max(0.0, first - statistics.median(runs)),
             "speed_up": alone / seconds,
             "speed_up_in_operations": 1 / cost_of(speed, policy),
             "gib": None if memory.bytes is None else (memory.bytes - unused) / 2**30,
