@@ -1,15 +1,14 @@
 """What several devices of one host give: `python -m train.scaling --help`.
 
 Command    NCCL_NVLS_ENABLE=0 python -m train.scaling --output runs/scaling.json
-Hardware   two H100, jax 0.11.2
-Outcome    results/scaling.json: the 325M model with INT8 attention 1.99 times as fast on two as on
-           one data parallel and 2.08 with FSDP; the first loss of tensor parallel within 2.3e-4 of
-           one device's, of context parallel the same; INT8 attention over 65,536 tokens 131.4 ms
-           on one, 68.1 on two with INT8 on the wire and 68.2 without; losses of a run that changes
-           its devices within 5e-5; a picture by HybridStitch 5.84 s on one and 6.90 with a model
-           on each. That took two calls with programs kept in between, of 592 and 147 s, of which
-           checkpoints that are not written any more were some; seconds_compiling of "both on one
-           device" is that of the second call. Weights were stacked in every step of "hybrid" then.
+Hardware   two H200, jax 0.11.2; 504 s
+Outcome    results/scaling.json: the 325M model with INT8 attention 2.00 times as fast on two as on
+           one data parallel and 2.08 with FSDP; the first loss of tensor parallel within 5.9e-5 of
+           one device's, of context parallel the same; INT8 attention over 65,536 tokens 134.6 ms
+           on one, 69.8 on two with INT8 on the wire and 69.3 without; losses of a run that changes
+           its devices within 1e-4; a picture by HybridStitch 4.50 s on one and 3.85 with a model on
+           each, with models that loop over their blocks. With --cases hybrid --stitching.no-scan on
+           two H100: 4.11 and 3.48, results/scaling_without_scan.json.
 """
 
 import contextlib

@@ -10,7 +10,8 @@ Command    python -m train.configs.stitching_speed --output runs/stitching-speed
 Hardware   one H100 80 GB, jax 0.11.2
 Outcome    large alone 6.59 s a picture, small alone 2.23, T-Stitch 4.85, SRDiffusion 4.43,
            HybridStitch by default 4.06 (1.62 times as fast), with the text kept 3.80 (1.73), from
-           16 to 46 % of the steps 3.78 (1.74) and 3.61 (1.83); results/stitching_speed.json
+           16 to 46 % of the steps 3.78 (1.74) and 3.61 (1.83); results/stitching_speed.json. With
+           --scan large alone 7.03, HybridStitch 4.74; results/stitching_speed_scan.json
 """
 
 import dataclasses
