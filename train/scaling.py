@@ -163,6 +163,7 @@ def main() -> None:
     scaling = tyro.cli(Scaling, prog="python -m train.scaling")
     try:
         found = measured(scaling)
+        save(scaling, found)  # or it would turn out after minutes that it cannot be written
     except (OSError, ValueError) as error:
         sys.exit(f"train.scaling: {error}")
     with compiling_once():

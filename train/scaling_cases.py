@@ -17,6 +17,7 @@ from jax.sharding import AxisType, NamedSharding
 
 import jaxgen
 from jaxgen.layers import attend_to_gathered
+from jaxgen.sampling import HybridStitch
 from kernels_pallas import sage_attention
 from train.configs import stitching_speed
 from train.language_model import train
@@ -69,10 +70,18 @@ class Scaling:
     def __post_init__(self):
         if unknown := [case for case in self.cases if case not in CASES]:
             raise ValueError(f"cases must be among {', '.join(CASES)}, got {unknown}")
+        if self.output and self.output.suffix == ".png":
+            raise ValueError(f"output must not be a .png, which the plot is, got {self.output}")
         if not 1 < self.devices <= jax.device_count():
             raise ValueError(
                 f"devices must be from 2 to the {jax.device_count()} of this machine, "
                 f"got {self.devices}"
+            )
+        drawn = sum(isinstance(policy, HybridStitch) for policy in self.stitching.samplers())
+        if "hybrid" in self.cases and drawn != 1:
+            raise ValueError(
+                "stitching must draw by one HybridStitch (hybridstitch among the policies, no "
+                f"splits, one keep_text), got {drawn}"
             )
         heads = preset(self.small_model).num_kv_heads
         if heads % self.devices:

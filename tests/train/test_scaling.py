@@ -10,7 +10,7 @@ import pytest
 
 from train import scaling_cases
 from train.configs.stitching_speed import Speed
-from train.scaling import compiling_once, measure, measured, save, table
+from train.scaling import compiling_once, main, measure, measured, save, table
 from train.scaling_cases import Scaling
 
 TINY = {
@@ -47,7 +47,8 @@ def test_a_long_sequence_and_a_run_that_changes_its_devices(tmp_path):
 
 def test_a_record_is_continued_only_where_it_was_measured_alike(tmp_path):
     scaling = Scaling(output=tmp_path / "x.json", **TINY)
-    faster = dataclasses.replace(scaling, stitching=Speed(runs=1))
+    stitching = dataclasses.replace(scaling.stitching, runs=1)
+    faster = dataclasses.replace(scaling, stitching=stitching)
     save(scaling, {"context": []})
     assert list(measured(faster)) == ["context"]  # which has no diffusion models
     save(scaling, {"context": [], "hybrid": []})
@@ -158,8 +159,20 @@ def test_programs_are_kept_for_the_time_being(tmp_path, recwarn):
         ({"small_model": "9m"}, "model must be one of 10m, .*, got '9m'"),
         ({"devices": 4}, "devices must divide the key heads of small_model=10m, 6, got 4"),
         ({"long_context": 255}, "devices must divide long_context=255 and 8 rows, got 2"),
+        ({"output": Path("x.png")}, "output must not be a .png, which the plot is, got x.png"),
+        ({"stitching": Speed(policies=("large",))}, r"stitching must draw by one .*, got 0"),
+        ({"stitching": Speed(splits=())}, r"stitching must draw by one .*, got 2"),
     ],
 )
 def test_refuses_settings(changes, message):
     with pytest.raises(ValueError, match=message):
         Scaling(**changes)
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything_runs(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    output = str(tmp_path / "file" / "x.json")
+    monkeypatch.setattr("sys.argv", ["scaling", "--cases", "context", "--output", output])
+    monkeypatch.setattr("train.scaling.measure", lambda *_: pytest.fail("runs"))
+    with pytest.raises(SystemExit, match=r"train.scaling: .*file"):
+        main()
