@@ -241,7 +241,7 @@ def measure(speed: Speed, alone: float | None = None) -> Iterator[Record]:
         unused = sum(_bytes(models[role].weights) for role in here if not used[role])
         draw = functools.partial(_seconds, used, policy, noise, sigmas, decoder)
         first = sum(draw().values())
-        gc.collect()  # of what compiling left behind: half a second in the middle of a picture
+        gc.collect()  # of what compiling left behind: 0.2 s in the middle of a picture
         with Memory() as memory:
             timed = [draw() for _ in range(speed.runs)]
         runs = [sum(parts.values()) for parts in timed]
@@ -259,7 +259,7 @@ def measure(speed: Speed, alone: float | None = None) -> Iterator[Record]:
             "seconds_of_runs": runs,
             "seconds_decoding": middle.pop("decoding"),
             "seconds_of_stages": middle,
-            "seconds_compiling": max(0.0, first - statistics.median(runs)),
+            "seconds_compiling": max(0.0, first - seconds * speed.batch),
             "speed_up": alone / seconds,
             "speed_up_in_operations": 1 / cost_of(speed, policy),
             "gib": None if memory.bytes is None else (memory.bytes - unused) / 2**30,
